@@ -1,0 +1,164 @@
+"""`PretrainConfig`: a training run as a recipe (TOML) describes it, with `--set section.key=value` on top.
+
+The defaults are DeepSeek-V2's published values (section 3.1.2); what a run must decide for itself has no default.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv2.config import schema
+from dsv2.config.model import ModelConfig
+from dsv2.config.presets import preset
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Where the tokens are. Paths are relative to the working directory."""
+
+    train: str
+    """Directory of token shards."""
+    tokenizer: str
+    """Directory of the tokenizer that made them; copied into every checkpoint."""
+    held_out: str | None = None
+    """Directory of token shards for bits per byte; None: no evaluation."""
+    sequence_length: int = 4096
+
+    def __post_init__(self) -> None:
+        _require(self.sequence_length > 0, f"data.sequence_length={self.sequence_length} must be positive")
+
+
+_POSITIVE = (
+    *("steps", "batch_sequences", "lr_peak", "grad_clip"),
+    *("log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """AdamW with linear warm-up and step decays (section 3.1.2)."""
+
+    steps: int
+    batch_sequences: int
+    micro_batch_sequences: int | None = None
+    """Sequences in memory at once; None: the whole batch."""
+    lr_peak: float
+    warmup_steps: int = 2000
+    decay_at: tuple[float, ...] = (0.6, 0.9)
+    """Shares of the steps after which the learning rate is multiplied by `decay_factor`."""
+    decay_factor: float = 0.316
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    """Not disclosed in the paper: AdamW's usual value."""
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    expert_balance_alpha: float = 0.003
+    """alpha_1 of equation 23."""
+    seed: int = 0
+    device: str = "cpu"
+    log_every: int = 10
+    eval_every: int = 1000
+    eval_tokens: int = 65536
+    """Held-out tokens a source in evaluations along the way; the last one takes all."""
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            _require(value > 0, f"train.{name}={value} must be positive")
+        for name in ("warmup_steps", "weight_decay", "expert_balance_alpha", "seed"):
+            value = getattr(self, name)
+            _require(value >= 0, f"train.{name}={value} must not be negative")
+        micro = self.micro_batch_sequences
+        _require(
+            micro is None or (micro > 0 and self.batch_sequences % micro == 0),
+            f"train.batch_sequences={self.batch_sequences} must be a multiple of micro_batch_sequences={micro}",
+        )
+        _require(
+            list(self.decay_at) == sorted(self.decay_at) and all(0 < d <= 1 for d in self.decay_at),
+            f"train.decay_at={list(self.decay_at)} must rise within (0, 1]",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainConfig:
+    """Everything that decides a pretraining run."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        return schema.to_dict(self)
+
+
+def load_pretrain(recipe: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """Read a recipe. Raises ValueError for a missing file, invalid TOML, and unknown, missing or mistyped keys."""
+    path = Path(recipe)
+    if not path.is_file():
+        raise ValueError(f"no recipe at {path}")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    for text in overrides:
+        data = schema.merge(data, parse_override(text))
+    return pretrain_from_dict(data, str(path))
+
+
+def pretrain_from_dict(data: dict[str, Any], where: str = "recipe") -> PretrainConfig:
+    """`model.preset` names a base over which the other keys of `model` are laid."""
+    data = dict(data)
+    model = data.get("model")
+    if isinstance(model, dict) and "preset" in model:
+        model = dict(model)
+        data["model"] = schema.merge(preset(model.pop("preset")).to_dict(), model)
+    return schema.from_dict(PretrainConfig, data, where)
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`section.key=value` as a nested table; the value is TOML, or a string where it is not."""
+    key, sep, value = text.partition("=")
+    if not sep or not key.strip():
+        raise ValueError(f"--set {text!r} must read section.key=value")
+    try:
+        parsed: Any = tomllib.loads(f"v = {value}")["v"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    for part in reversed(key.strip().split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def to_toml(data: dict[str, Any], prefix: str = "") -> str:
+    """Nested tables of numbers, strings, booleans and lists as TOML (the standard library only reads it)."""
+    scalars = {k: v for k, v in data.items() if not isinstance(v, dict)}
+    lines = [f"[{prefix}]"] if prefix and scalars else []
+    lines += [f"{k} = {_toml_value(v)}" for k, v in scalars.items()]
+    blocks = ["\n".join(lines)] if lines else []
+    blocks += [
+        to_toml(v, f"{prefix}.{k}" if prefix else k).rstrip("\n") for k, v in data.items() if isinstance(v, dict)
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    return repr(value)
