@@ -1,0 +1,195 @@
+"""The pretraining loop: recipe in, run directory out; stopped and resumed equals uninterrupted, bit for bit.
+
+A run directory holds `config.toml`, `metrics.jsonl`, `tensorboard/` and `checkpoints/`. One process, one device.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dsv2.config.run import PretrainConfig, to_toml
+from dsv2.data.batches import BatchLoader
+from dsv2.data.shards import TokenShards
+from dsv2.files import write_text
+from dsv2.model import Transformer
+from dsv2.text import Tokenizer
+from dsv2.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from dsv2.train.evaluate import bits_per_byte
+from dsv2.train.metrics import MetricsLog, RunProgress
+from dsv2.train.optim import adamw
+from dsv2.train.schedule import learning_rate
+from dsv2.train.step import StepStats, max_violation, train_step
+
+# May differ between the two halves of a resumed run: none of them changes a weight.
+_FREE_KEYS = frozenset(
+    f"train.{k}" for k in ("device", "log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints")
+)
+
+
+class Pretraining:
+    """A run that can be stopped between any two steps."""
+
+    def __init__(self, cfg: PretrainConfig, run_dir: str | Path, console: Console | None = None) -> None:
+        """Open the data, build or resume the model. Raises ValueError before anything is written if they do not fit.
+
+        A run directory that holds checkpoints of the same recipe is resumed from the latest.
+        """
+        self.cfg, self.run_dir, self.console = cfg, Path(run_dir), console or Console()
+        self.checkpoints = self.run_dir / "checkpoints"
+        data, train = cfg.data, cfg.train
+        self.tokenizer = Tokenizer.load(data.tokenizer)
+        shards = self._open_shards(data.train)
+        self.held_out = self._open_shards(data.held_out) if data.held_out else None
+        micro = train.micro_batch_sequences or train.batch_sequences
+        self.num_micro_batches = train.batch_sequences // micro
+        self.loader = BatchLoader(shards, sequence_length=data.sequence_length, batch_sequences=micro, seed=train.seed)
+        self._check_same_recipe()
+        self.model = Transformer(cfg.model)
+        self.model.init_weights(torch.Generator().manual_seed(train.seed))
+        self.model.to(train.device)
+        self.optimizer = adamw(self.model, train)
+        self.step = 0
+        self._resume()
+
+    def _open_shards(self, path: str) -> TokenShards:
+        shards = TokenShards.open(path)
+        shards.check_tokenizer(self.tokenizer.fingerprint)
+        if shards.vocab_size > self.cfg.model.vocab_size:
+            raise ValueError(
+                f"{path} holds ids up to {shards.vocab_size - 1}, model.vocab_size={self.cfg.model.vocab_size}"
+            )
+        return shards
+
+    def _check_same_recipe(self) -> None:
+        file = self.run_dir / "config.toml"
+        if not file.is_file():
+            return
+        old, new = (_flat(d) for d in (tomllib.loads(file.read_text(encoding="utf-8")), self.cfg.to_dict()))
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key) and key not in _FREE_KEYS:
+                raise ValueError(
+                    f"{self.run_dir} was begun with {key}={old.get(key)!r}, the recipe now says {new.get(key)!r}; "
+                    "use another run directory"
+                )
+
+    def _resume(self) -> None:
+        found = list_checkpoints(self.checkpoints)
+        if not found:
+            return
+        state = load_checkpoint(found[-1], model=self.model, optimizer=self.optimizer)
+        self.step = state["step"]
+        self.loader.load_state(state["loader"])
+        self.console.print(f"resuming {self.run_dir} at step {self.step}", highlight=False)
+
+    def run(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Train to the end, or until `should_stop()` holds between two steps; then a checkpoint is written.
+
+        Returns whether the run is complete.
+        """
+        train = self.cfg.train
+        self._prepare_directory()
+        log = MetricsLog(self.run_dir, self.step)
+        progress = RunProgress(self.console, label="pretrain", num_steps=train.steps, start_step=self.step)
+        try:
+            if self.step == 0:
+                self._evaluate(log)
+            meter = _Meter(self.cfg)
+            while self.step < train.steps and not should_stop():
+                lr = learning_rate(train, self.step)
+                batches = [self.loader.next() for _ in range(self.num_micro_batches)]
+                meter.add(train_step(self.model, self.optimizer, batches, train, lr))
+                self.step += 1
+                if self.step % train.log_every == 0 or self.step == train.steps:
+                    record = meter.record(self.step, lr)
+                    log.write(self.step, record)
+                    progress.update(self.step, f"loss {record['loss']:.3f}  {record['tokens_per_s']:,.0f} tok/s")
+                if self.step % train.eval_every == 0 or self.step == train.steps:
+                    self._evaluate(log)
+                    meter.restart_clock()
+                if self.step % train.checkpoint_every == 0 or self.step == train.steps:
+                    self._save()
+                    meter.restart_clock()
+            if self.step < train.steps and self.step % train.checkpoint_every:
+                self._save()
+        finally:
+            progress.close()
+            log.close()
+        return self.step == train.steps
+
+    def _prepare_directory(self) -> None:
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for leftover in self.checkpoints.glob(".*.tmp"):  # of a process that was killed while it saved
+            shutil.rmtree(leftover)
+        write_text(self.run_dir / "config.toml", to_toml(self.cfg.to_dict()))
+
+    def _evaluate(self, log: MetricsLog) -> None:
+        if self.held_out is None:
+            return
+        last = self.step == self.cfg.train.steps
+        limit = None if last else self.cfg.train.eval_tokens
+        scores = bits_per_byte(self.model, self.held_out, window=self.cfg.data.sequence_length, max_tokens=limit)
+        log.write(self.step, {"held_out_bits_per_byte": {k: s.bits_per_byte for k, s in scores.items()}})
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.checkpoints,
+            step=self.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            tokenizer=self.tokenizer,
+            state={"loader": self.loader.state()},
+            keep=self.cfg.train.keep_checkpoints,
+        )
+
+
+class _Meter:
+    """Averages the steps since the last record."""
+
+    def __init__(self, cfg: PretrainConfig) -> None:
+        self.tokens_per_step = cfg.train.batch_sequences * cfg.data.sequence_length
+        self.num_moe_layers = cfg.model.num_moe_layers
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self.steps: list[StepStats] = []
+        self.began = time.monotonic()
+
+    def add(self, stats: StepStats) -> None:
+        self.steps.append(stats)
+
+    def record(self, step: int, lr: float) -> dict[str, Any]:
+        """Read the device, once. Raises ValueError where the loss is no longer a number."""
+        mean = {k: float(torch.stack([getattr(s, k) for s in self.steps]).mean()) for k in ("loss", "grad_norm")}
+        if not math.isfinite(mean["loss"]):
+            raise ValueError(f"the loss is {mean['loss']} at step {step}: lower train.lr_peak or look at the data")
+        load = torch.stack([s.expert_load_LE for s in self.steps]).mean(0).cpu()
+        balance = float(torch.stack([s.balance_loss for s in self.steps]).mean()) / max(self.num_moe_layers, 1)
+        seconds = time.monotonic() - self.began
+        record = {
+            "tokens": step * self.tokens_per_step,
+            **mean,
+            "lr": lr,
+            "balance_loss": balance,
+            "load_max_violation": max_violation(load),
+            "expert_load": [[round(x, 5) for x in row] for row in load.tolist()],
+            "tokens_per_s": len(self.steps) * self.tokens_per_step / max(seconds, 1e-9),
+        }
+        self.restart_clock()
+        return record
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        out |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return out
