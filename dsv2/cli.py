@@ -1,0 +1,219 @@
+"""The `dsv2` command: parse, call one function, turn a ValueError into one line. No logic of its own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+data_app = typer.Typer(no_args_is_help=True, help="Text into tokenizers and token shards.")
+app.add_typer(data_app, name="data")
+
+console = Console(soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point. Exit status 2 for what the user can mend, 130 when interrupted."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        sys.exit(2)
+
+
+def stop_on_signal() -> Callable[[], bool]:
+    """After Ctrl-C (or SIGTERM) the returned function says so; a second one ends the process at once."""
+    stopped: list[int] = []
+
+    def handle(number: int, _frame: object) -> None:
+        if stopped:
+            sys.exit(130)
+        stopped.append(number)
+        console.print("stopping after this step (again to stop at once)", highlight=False)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return lambda: bool(stopped)
+
+
+@app.command()
+def describe(
+    model: Annotated[str, typer.Argument(help="A preset, a checkpoint directory, or a config.json.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    modules: Annotated[bool, typer.Option("--modules", help="List every parameter's shape too.")] = False,
+    context: Annotated[int, typer.Option(min=1, help="Sequence length for attention FLOPs.")] = 4096,
+) -> None:
+    """Parameters, active parameters, KV cache and FLOPs a token of an architecture."""
+    from dsv2 import describe as room
+    from dsv2.config.counts import describe as figures
+
+    cfg = room.find_config(model)
+    if as_json:
+        out = figures(cfg, context) | ({"modules": room.module_shapes(cfg)} if modules else {})
+        typer.echo(json.dumps(out, indent=2))
+        return
+    room.print_description(console, model, cfg, context)
+    if modules:
+        room.print_modules(console, cfg)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
+    stage: Annotated[str | None, typer.Option(help="Run only this stage, again if it ran before.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Less text and fewer steps: under a minute.")] = False,
+    list_stages: Annotated[bool, typer.Option("--list", help="Show the stages and stop.")] = False,
+) -> None:
+    """The whole life of a small model on a laptop: tokenizer, pretraining, evaluation, generation, report."""
+    from dsv2.demo import STAGES, Demo, DemoConfig
+
+    if list_stages:
+        for s in STAGES:
+            typer.echo(f"{s.name:12}{s.title}")
+        return
+    should_stop = stop_on_signal()
+    run = Demo(out, DemoConfig.quick() if quick else DemoConfig(), console)
+    run.run(only=stage, should_stop=should_stop)
+    if should_stop():
+        console.print(f"stopped; the same command continues in {out}", highlight=False)
+        raise typer.Exit(130)
+
+
+@data_app.command("tokenizer")
+def data_tokenizer(
+    inputs: Annotated[list[Path], typer.Argument(help="Text files, JSONL files or folders.")],
+    out: Annotated[Path, typer.Option(help="Directory for tokenizer.json.")],
+    vocab_size: Annotated[int, typer.Option(help="Ids in all, special tokens included.")] = 32768,
+) -> None:
+    """Train a byte-level BPE tokenizer on the given text."""
+    from dsv2.data import read_documents
+    from dsv2.text import Tokenizer
+
+    tokenizer = Tokenizer.train((d.text for d in read_documents(inputs)), vocab_size)
+    tokenizer.save(out)
+    console.print(f"{tokenizer.vocab_size} ids in {out}", highlight=False)
+
+
+@data_app.command("shards")
+def data_shards(
+    inputs: Annotated[list[Path], typer.Argument(help="Text files, JSONL files or folders.")],
+    tokenizer: Annotated[Path, typer.Option(help="Directory or tokenizer.json.")],
+    out: Annotated[Path, typer.Option(help="Directory for the shards; must not exist.")],
+    held_out: Annotated[Path | None, typer.Option(help="Also hold documents out, into this directory.")] = None,
+    held_out_fraction: Annotated[float, typer.Option(help="Share of the documents to hold out.")] = 0.01,
+) -> None:
+    """Tokenise text once, into memory-mapped shards that `pretrain` reads."""
+    from dsv2.data import read_documents, split_held_out, write_shards
+    from dsv2.text import Tokenizer
+
+    tok = Tokenizer.load(tokenizer)
+    documents = read_documents(inputs)
+    parts = [(out, documents)]
+    if held_out is not None:
+        train, held = split_held_out(documents, held_out_fraction)
+        parts = [(out, iter(train)), (held_out, iter(held))]
+    for directory, docs in parts:
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task(f"{directory} (documents)", total=None)
+            manifest = write_shards(docs, tok, directory, progress=lambda n, b=bar, t=task: b.update(t, completed=n))
+        console.print(
+            f"{directory}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens", highlight=False
+        )
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file: [model], [data], [train].")],
+    out: Annotated[Path, typer.Option(help="Run directory; a run that is in it is resumed.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, repeatable.")] = None,
+) -> None:
+    """Train a model from scratch as a recipe says; stopped runs resume exactly."""
+    from dsv2.config.run import load_pretrain
+    from dsv2.report import run_sections, write_report
+    from dsv2.train.pretrain import Pretraining
+
+    should_stop = stop_on_signal()
+    run = Pretraining(load_pretrain(recipe, overrides or []), out, console)
+    complete = run.run(should_stop)
+    write_report(out / "report.html", f"Pretraining: {recipe.stem}", run_sections(out))
+    if not complete:
+        console.print(f"stopped at step {run.step}; the same command continues", highlight=False)
+        raise typer.Exit(130)
+    console.print(f"done: {out / 'checkpoints'}, {out / 'report.html'}", highlight=False)
+
+
+@app.command()
+def generate(
+    path: Annotated[str, typer.Argument(help="A checkpoint directory or hub id.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 is no limit.")] = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
+    device: str = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the file's.")] = None,
+) -> None:
+    """Continue a prompt with a model, token by token."""
+    from dsv2.engine.generate import Sampling
+    from dsv2.engine.generate import generate as run
+    from dsv2.text import StreamDecoder, Tokenizer, encode_chat
+    from dsv2.weights import load, parse_dtype, resolve
+
+    if not prompt:
+        raise ValueError("--prompt is empty: give some text to continue")
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    directory = resolve(path)
+    tokenizer = Tokenizer.load(directory)
+    if chat:
+        ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
+    else:
+        ids = tokenizer.encode(prompt, add_bos=True)
+        typer.echo(prompt, nl=False)
+    model = load(directory, device=device, dtype=parse_dtype(dtype))
+    decoder = StreamDecoder(tokenizer)
+    run(
+        model,
+        [ids],
+        max_new_tokens=max_tokens,
+        sampling=sampling,
+        on_token=lambda _, token: typer.echo(decoder.push(token), nl=False),
+    )
+    typer.echo(decoder.flush())
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A checkpoint directory or hub id.")],
+    target: Annotated[Path, typer.Argument(help="Directory to write.")],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the file's.")] = None,
+    max_shard_gb: Annotated[float, typer.Option(help="Largest shard, in 10^9 bytes.")] = 5.0,
+) -> None:
+    """Rewrite a checkpoint in another dtype or sharding, in the official layout."""
+    from dsv2.weights import convert as run
+    from dsv2.weights import parse_dtype
+
+    run(source, target, dtype=parse_dtype(dtype), max_shard_bytes=int(max_shard_gb * 1e9))
+    console.print(f"wrote {target}", highlight=False)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    out: Annotated[Path | None, typer.Option(help="Default: report.html in the run directory.")] = None,
+) -> None:
+    """Write a run's report.html: loss, held-out bits per byte, expert load."""
+    from dsv2.report import run_sections, write_report
+
+    target = out or run / "report.html"
+    write_report(target, f"Run {run.resolve().name}", run_sections(run))
+    console.print(f"wrote {target}", highlight=False)

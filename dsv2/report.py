@@ -1,0 +1,154 @@
+"""`report.html`: a run as one page to look at, without files beside it. Plots by matplotlib, text by jinja2."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsv2.files import write_text
+from dsv2.train.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+table { border-collapse: collapse; } th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
+svg { max-width: 100%; height: auto; }
+pre { background: #f6f6f4; padding: 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre b { background: #e3ecfa; font-weight: normal; } .note { color: #555; }
+</style></head><body>
+<h1>{{ title }}</h1>
+{% for s in sections %}<section><h2>{{ s.title }}</h2>
+{% if s.note %}<p class="note">{{ s.note }}</p>{% endif %}
+{% if s.rows %}<table><tr>{% for c in s.header %}<th>{{ c }}</th>{% endfor %}</tr>
+{% for row in s.rows %}<tr>{% for c in row %}<td>{{ c }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
+{{ s.markup | safe }}</section>
+{% endfor %}</body></html>
+"""
+
+
+@dataclass(slots=True)
+class Section:
+    """A heading, an optional sentence, an optional table, and optional markup that is already safe."""
+
+    title: str
+    note: str = ""
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[Any]] = field(default_factory=list)
+    markup: str = ""
+
+
+def write_report(path: Path, title: str, sections: Sequence[Section]) -> None:
+    """Render the page and put it in place by one rename."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    text = environment.from_string(_PAGE).render(title=title, sections=sections)
+    write_text(path, text)
+
+
+def run_sections(run_dir: Path) -> list[Section]:
+    """What every training run shows: losses, held-out bits per byte, learning rate, expert load.
+
+    Raises ValueError where the directory holds no metrics.
+    """
+    records = read_metrics(run_dir)
+    steps = [r for r in records if "loss" in r]
+    if not steps:
+        raise ValueError(f"{run_dir} holds no training metrics")
+    sections = [Section("Training loss", "Cross-entropy on the training text, nats a token.", markup=_loss_plot(steps))]
+    evals = [r for r in records if "held_out_bits_per_byte" in r]
+    if evals:
+        note = "Text the model never saw, by source; lower is better."
+        sections.append(Section("Held-out bits per byte", note, markup=_held_out_plot(evals)))
+    if steps[-1]["expert_load"]:
+        note = (
+            "Share of the routed tokens that each expert received over the last steps, times the number of experts: "
+            "1 is balance. Below: the busiest expert over the mean, minus 1, worst layer, as training went on."
+        )
+        sections.append(Section("Expert load", note, markup=_load_plot(steps)))
+    return sections
+
+
+def samples_section(samples: Sequence[dict[str, str]]) -> Section:
+    """Prompts and continuations, the continuation marked."""
+    blocks = [
+        f"<h3>{html.escape(s['title'])}</h3><pre>{html.escape(s['prompt'])}<b>{html.escape(s['completion'])}</b></pre>"
+        for s in samples
+    ]
+    return Section("Samples", "The prompt, and what the model made of it (marked).", markup="".join(blocks))
+
+
+def bar_plot(labels: Sequence[str], values: Sequence[float], xlabel: str) -> str:
+    """Horizontal bars with their values, as SVG."""
+    figure = _figure(0.5 * len(labels) + 0.9)
+    axes = figure.subplots()
+    bars = axes.barh(list(labels), list(values), color="#3b6fb6")
+    axes.bar_label(bars, fmt="{:,.0f}", padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel(xlabel)
+    return _svg(figure)
+
+
+def _loss_plot(steps: Sequence[dict[str, Any]]) -> str:
+    figure = _figure(3.4)
+    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    tokens = [r["tokens"] / 1e6 for r in steps]
+    loss.plot(tokens, [r["loss"] for r in steps], color="#3b6fb6")
+    loss.set_ylabel("loss [nats a token]")
+    rate.plot(tokens, [r["lr"] for r in steps], color="#888")
+    rate.set_ylabel("lr")
+    rate.set_xlabel("training tokens [millions]")
+    return _svg(figure)
+
+
+def _held_out_plot(evals: Sequence[dict[str, Any]]) -> str:
+    figure = _figure(3.0)
+    axes = figure.subplots()
+    for source in evals[-1]["held_out_bits_per_byte"]:
+        points = [(r["step"], r["held_out_bits_per_byte"].get(source)) for r in evals]
+        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", markersize=3, label=source)
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits per byte")
+    axes.legend()
+    return _svg(figure)
+
+
+def _load_plot(steps: Sequence[dict[str, Any]]) -> str:
+    load = steps[-1]["expert_load"]
+    num_experts = len(load[0])
+    figure = _figure(1.6 + 0.28 * len(load) + 1.6)
+    heat, violation = figure.subplots(2, 1, height_ratios=(0.28 * len(load) + 0.4, 1.6))
+    image = heat.imshow([[x * num_experts for x in row] for row in load], aspect="auto", cmap="viridis", vmin=0, vmax=2)
+    heat.set_yticks(range(len(load)), [f"MoE layer {i + 1}" for i in range(len(load))])
+    heat.set_xlabel("expert")
+    figure.colorbar(image, ax=heat, label="load x E")
+    violation.plot([r["step"] for r in steps], [r["load_max_violation"] for r in steps], color="#b6553b")
+    violation.set_xlabel("step")
+    violation.set_ylabel("max / mean - 1")
+    violation.set_ylim(bottom=0)
+    return _svg(figure)
+
+
+def _figure(height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(8.5, height), layout="constrained")
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
