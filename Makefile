@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo
 
-.PHONY: demo test test-slow check setup size clean
+.PHONY: demo test test-slow test-gpu check setup size clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m dsv2 demo --out $(OUT)
@@ -15,6 +15,9 @@ test: $(VENV)/.ready-test check
 
 test-slow: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m gpu
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff format --check .

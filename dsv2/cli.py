@@ -160,10 +160,11 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
-    device: str = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the file's.")] = None,
 ) -> None:
     """Continue a prompt with a model, token by token."""
+    from dsv2.device import pick_device
     from dsv2.engine.generate import Sampling
     from dsv2.engine.generate import generate as run
     from dsv2.text import StreamDecoder, Tokenizer, encode_chat
@@ -179,7 +180,7 @@ def generate(
     else:
         ids = tokenizer.encode(prompt, add_bos=True)
         typer.echo(prompt, nl=False)
-    model = load(directory, device=device, dtype=parse_dtype(dtype))
+    model = load(directory, device=pick_device(device), dtype=parse_dtype(dtype))
     decoder = StreamDecoder(tokenizer)
     run(
         model,

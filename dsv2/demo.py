@@ -43,13 +43,20 @@ class DemoConfig:
     vocab_size: int = 4096
     sequence_length: int = 256
     batch_sequences: int = 8
-    steps: int = 900
+    steps: int = 700
     lr_peak: float = 4e-3
     seed: int = 0
 
     @staticmethod
     def quick() -> DemoConfig:
-        return DemoConfig(english_bytes=1_000_000, chinese_bytes=300_000, code_bytes=300_000, vocab_size=1024, steps=60)
+        return DemoConfig(
+            english_bytes=800_000,
+            chinese_bytes=200_000,
+            code_bytes=200_000,
+            vocab_size=1024,
+            sequence_length=128,
+            steps=80,
+        )
 
     def recipe(self, out: Path, vocab_size: int, eos_id: int, bos_id: int) -> PretrainConfig:
         """The pretraining run as `dsv2 pretrain` would read it from a file."""

@@ -77,6 +77,15 @@ def write_text(file: Path, text: str) -> None:
         tmp.unlink(missing_ok=True)
 
 
+def remove_leftovers(directory: Path, name: str) -> None:
+    """Delete what processes that were killed left of the files and folders called `name`, a pattern."""
+    for path in directory.glob(f".{name}.*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def write_json(file: Path, data: Any) -> None:
     write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 

@@ -157,7 +157,7 @@ def write_model(
         file = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {n: table[n].of(parameters[table[n].parameter]).detach() for n in names}
         tensors = {n: t.to("cpu", dtype).contiguous() for n, t in tensors.items()}
-        _write_shard(tensors, directory / file)
+        write_tensors(tensors, directory / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
@@ -166,7 +166,8 @@ def write_model(
     write_json(directory / "config.json", config)
 
 
-def _write_shard(tensors: dict[str, Tensor], file: Path) -> None:
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """A safetensors file of contiguous tensors on the CPU, on disk when this returns. OSError where it fails."""
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:

@@ -5,6 +5,8 @@ The defaults are DeepSeek-V2's published values (section 3.1.2); what a run must
 
 from __future__ import annotations
 
+import json
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ class DataConfig:
 
 
 _POSITIVE = (
-    *("steps", "batch_sequences", "lr_peak", "grad_clip"),
+    *("steps", "batch_sequences", "grad_clip"),
     *("log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints"),
 )
 
@@ -65,7 +67,7 @@ class TrainConfig:
     expert_balance_alpha: float = 0.003
     """alpha_1 of equation 23."""
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
     log_every: int = 10
     eval_every: int = 1000
     eval_tokens: int = 65536
@@ -80,6 +82,13 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "expert_balance_alpha", "seed"):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name}={value} must not be negative")
+        for name in ("lr_peak", "decay_factor", "adam_eps"):
+            value = getattr(self, name)
+            # With adam_eps 0 an expert that no token chose yet would become 0/0.
+            _require(0 < value < math.inf, f"train.{name}={value} must be positive and finite")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"train.{name}={value} must be in [0, 1)")
         micro = self.micro_batch_sequences
         _require(
             micro is None or (micro > 0 and self.batch_sequences % micro == 0),
@@ -123,7 +132,9 @@ def pretrain_from_dict(data: dict[str, Any], where: str = "recipe") -> PretrainC
     model = data.get("model")
     if isinstance(model, dict) and "preset" in model:
         model = dict(model)
-        data["model"] = schema.merge(preset(model.pop("preset")).to_dict(), model)
+        name = model.pop("preset")
+        _require(isinstance(name, str), f"{where}.model.preset must be str, got {name!r}")
+        data["model"] = schema.merge(preset(name).to_dict(), model)
     return schema.from_dict(PretrainConfig, data, where)
 
 
@@ -157,8 +168,8 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
+        # JSON's escapes are TOML's too, and TOML wants DEL escaped as well.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_toml_value, value))}]"
     return repr(value)

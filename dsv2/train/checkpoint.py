@@ -14,17 +14,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from dsv2.files import replacing_directory, sync, write_json
+from dsv2.files import replacing_directory, write_json
 from dsv2.model import Transformer
 from dsv2.text import Tokenizer
 from dsv2.train import optim
-from dsv2.weights import load_into, write_model
+from dsv2.weights import load_into, write_model, write_tensors
 
 STATE_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 _STEP = re.compile(r"step-(\d{8})")
+_STATE_KEYS = frozenset({"step", "loader", "meter"})
 
 
 def save_checkpoint(
@@ -34,20 +35,24 @@ def save_checkpoint(
     model: Transformer,
     optimizer: torch.optim.AdamW,
     tokenizer: Tokenizer,
-    state: dict[str, Any],
+    loader: dict[str, Any],
+    meter: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `directory/step-N` and delete all but the newest `keep`. OSError: nothing changed."""
+    """Write `directory/step-N` and delete all but the newest `keep`. OSError: nothing changed.
+
+    `loader` and `meter` are the states of the data and of the statistics that are not logged yet, for JSON.
+    """
     target = directory / f"step-{step:08d}"
     with replacing_directory(target, marker=STATE_FILE) as tmp:
         write_model(model, tmp)
         tokenizer.save(tmp)
         tensors = {k: v.detach().cpu().contiguous() for k, v in optim.state_tensors(model, optimizer).items()}
-        save_file(tensors, tmp / OPTIMIZER_FILE)
-        sync(tmp / OPTIMIZER_FILE)
-        write_json(tmp / STATE_FILE, {"step": step, **state})
+        write_tensors(tensors, tmp / OPTIMIZER_FILE)
+        write_json(tmp / STATE_FILE, {"step": step, "loader": loader, "meter": meter})
     for old in list_checkpoints(directory)[:-keep]:
-        shutil.rmtree(old)
+        # Killed halfway, this leaves a name that the next start removes, not a checkpoint without its files.
+        shutil.rmtree(old.rename(directory / f".{old.name}.old.tmp"))
     return target
 
 
@@ -65,4 +70,14 @@ def load_checkpoint(path: Path, *, model: Transformer, optimizer: torch.optim.Ad
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path / OPTIMIZER_FILE} is truncated, corrupt or missing: {error}") from error
     optim.load_state_tensors(model, optimizer, tensors)
-    return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    return _read_state(path / STATE_FILE)
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} is truncated, corrupt or missing: {error}") from error
+    if not isinstance(state, dict) or state.keys() != _STATE_KEYS:
+        raise ValueError(f"{file} must hold {', '.join(sorted(_STATE_KEYS))}")
+    return state

@@ -31,10 +31,12 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, T
 
 
 def load_state_tensors(model: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `state_tensors`. Raises ValueError where a tensor is missing."""
+    """Inverse of `state_tensors`. Raises ValueError where a tensor is missing or of another shape."""
     for name, p in model.named_parameters():
-        missing = [k for k in (*_MOMENTS, "step") if f"{k}/{name}" not in tensors]
-        if missing:
-            raise ValueError(f"optimizer state lacks {missing[0]}/{name}")
+        for kind, shape in ((_MOMENTS[0], p.shape), (_MOMENTS[1], p.shape), ("step", (1,))):
+            found = tensors.get(f"{kind}/{name}")
+            if found is None or found.shape != shape:
+                got = "is missing" if found is None else f"has shape {tuple(found.shape)}"
+                raise ValueError(f"optimizer state: {kind}/{name} {got}, expected shape {tuple(shape)}")
         state = {m: tensors[f"{m}/{name}"].to(p.device) for m in _MOMENTS}
         optimizer.state[p] = state | {"step": tensors[f"step/{name}"].reshape(()).to(p.device)}

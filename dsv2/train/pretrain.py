@@ -5,8 +5,8 @@ A run directory holds `config.toml`, `metrics.jsonl`, `tensorboard/` and `checkp
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import shutil
 import time
 import tomllib
 from collections.abc import Callable
@@ -15,19 +15,23 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from dsv2.config.run import PretrainConfig, to_toml
 from dsv2.data.batches import BatchLoader
 from dsv2.data.shards import TokenShards
-from dsv2.files import write_text
+from dsv2.device import pick_device
+from dsv2.files import remove_leftovers, write_text
 from dsv2.model import Transformer
 from dsv2.text import Tokenizer
 from dsv2.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from dsv2.train.evaluate import bits_per_byte
-from dsv2.train.metrics import MetricsLog, RunProgress
+from dsv2.train.metrics import METRICS_FILE, MetricsLog, RunProgress
 from dsv2.train.optim import adamw
 from dsv2.train.schedule import learning_rate
 from dsv2.train.step import StepStats, max_violation, train_step
+
+CONFIG_FILE = "config.toml"
 
 # May differ between the two halves of a resumed run: none of them changes a weight.
 _FREE_KEYS = frozenset(
@@ -41,12 +45,15 @@ class Pretraining:
     def __init__(self, cfg: PretrainConfig, run_dir: str | Path, console: Console | None = None) -> None:
         """Open the data, build or resume the model. Raises ValueError before anything is written if they do not fit.
 
-        A run directory that holds checkpoints of the same recipe is resumed from the latest.
+        A run directory that holds checkpoints of the same recipe is resumed from the latest. Where documents begin
+        and end is the tokenizer's to say: its ids replace the model's `bos_token_id` and `eos_token_id`.
         """
-        self.cfg, self.run_dir, self.console = cfg, Path(run_dir), console or Console()
+        self.run_dir, self.console = Path(run_dir), console or Console()
         self.checkpoints = self.run_dir / "checkpoints"
         data, train = cfg.data, cfg.train
         self.tokenizer = Tokenizer.load(data.tokenizer)
+        model = cfg.model.replace(bos_token_id=self.tokenizer.bos_id, eos_token_id=self.tokenizer.eos_id)
+        self.cfg = cfg = dataclasses.replace(cfg, model=model)
         shards = self._open_shards(data.train)
         self.held_out = self._open_shards(data.held_out) if data.held_out else None
         micro = train.micro_batch_sequences or train.batch_sequences
@@ -55,8 +62,9 @@ class Pretraining:
         self._check_same_recipe()
         self.model = Transformer(cfg.model)
         self.model.init_weights(torch.Generator().manual_seed(train.seed))
-        self.model.to(train.device)
+        self.model.to(pick_device(train.device))
         self.optimizer = adamw(self.model, train)
+        self.meter = _Meter(cfg)
         self.step = 0
         self._resume()
 
@@ -70,10 +78,14 @@ class Pretraining:
         return shards
 
     def _check_same_recipe(self) -> None:
-        file = self.run_dir / "config.toml"
+        file = self.run_dir / CONFIG_FILE
         if not file.is_file():
             return
-        old, new = (_flat(d) for d in (tomllib.loads(file.read_text(encoding="utf-8")), self.cfg.to_dict()))
+        try:
+            saved = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
+        old, new = _flat(saved), _flat(self.cfg.to_dict())
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key) and key not in _FREE_KEYS:
                 raise ValueError(
@@ -88,6 +100,7 @@ class Pretraining:
         state = load_checkpoint(found[-1], model=self.model, optimizer=self.optimizer)
         self.step = state["step"]
         self.loader.load_state(state["loader"])
+        self.meter.load_state(state["meter"], self.model.device)
         self.console.print(f"resuming {self.run_dir} at step {self.step}", highlight=False)
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
@@ -102,22 +115,22 @@ class Pretraining:
         try:
             if self.step == 0:
                 self._evaluate(log)
-            meter = _Meter(self.cfg)
+            self.meter.restart_clock()
             while self.step < train.steps and not should_stop():
                 lr = learning_rate(train, self.step)
                 batches = [self.loader.next() for _ in range(self.num_micro_batches)]
-                meter.add(train_step(self.model, self.optimizer, batches, train, lr))
+                self.meter.add(train_step(self.model, self.optimizer, batches, train, lr))
                 self.step += 1
                 if self.step % train.log_every == 0 or self.step == train.steps:
-                    record = meter.record(self.step, lr)
+                    record = self.meter.record(self.step, lr)
                     log.write(self.step, record)
                     progress.update(self.step, f"loss {record['loss']:.3f}  {record['tokens_per_s']:,.0f} tok/s")
                 if self.step % train.eval_every == 0 or self.step == train.steps:
                     self._evaluate(log)
-                    meter.restart_clock()
+                    self.meter.restart_clock()
                 if self.step % train.checkpoint_every == 0 or self.step == train.steps:
                     self._save()
-                    meter.restart_clock()
+                    self.meter.restart_clock()
             if self.step < train.steps and self.step % train.checkpoint_every:
                 self._save()
         finally:
@@ -127,9 +140,10 @@ class Pretraining:
 
     def _prepare_directory(self) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in self.checkpoints.glob(".*.tmp"):  # of a process that was killed while it saved
-            shutil.rmtree(leftover)
-        write_text(self.run_dir / "config.toml", to_toml(self.cfg.to_dict()))
+        remove_leftovers(self.checkpoints, "step-*")
+        for name in (CONFIG_FILE, METRICS_FILE):
+            remove_leftovers(self.run_dir, name)
+        write_text(self.run_dir / CONFIG_FILE, to_toml(self.cfg.to_dict()))
 
     def _evaluate(self, log: MetricsLog) -> None:
         if self.held_out is None:
@@ -140,49 +154,71 @@ class Pretraining:
         log.write(self.step, {"held_out_bits_per_byte": {k: s.bits_per_byte for k, s in scores.items()}})
 
     def _save(self) -> None:
+        self.meter.check(self.step)
         save_checkpoint(
             self.checkpoints,
             step=self.step,
             model=self.model,
             optimizer=self.optimizer,
             tokenizer=self.tokenizer,
-            state={"loader": self.loader.state()},
+            loader=self.loader.state(),
+            meter=self.meter.state(),
             keep=self.cfg.train.keep_checkpoints,
         )
 
 
 class _Meter:
-    """Averages the steps since the last record."""
+    """Sums over the steps since the last record. They are saved, so that a resumed run writes the same record."""
 
     def __init__(self, cfg: PretrainConfig) -> None:
         self.tokens_per_step = cfg.train.batch_sequences * cfg.data.sequence_length
         self.num_moe_layers = cfg.model.num_moe_layers
+        self.num_steps = 0
+        self.sums: dict[str, Tensor] = {}
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        self.steps: list[StepStats] = []
-        self.began = time.monotonic()
+        """Leave out of the speed what was not training."""
+        self.num_timed_steps, self.began = 0, time.monotonic()
 
     def add(self, stats: StepStats) -> None:
-        self.steps.append(stats)
+        for f in dataclasses.fields(stats):
+            value = getattr(stats, f.name)
+            self.sums[f.name] = self.sums[f.name] + value if self.num_steps else value
+        self.num_steps += 1
+        self.num_timed_steps += 1
+
+    def state(self) -> dict[str, Any]:
+        """For JSON, which keeps every bit of a float."""
+        return {"num_steps": self.num_steps, "sums": {name: total.tolist() for name, total in self.sums.items()}}
+
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        self.num_steps = state["num_steps"]
+        self.sums = {name: torch.tensor(total, device=device) for name, total in state["sums"].items()}
+
+    def check(self, step: int) -> None:
+        """Read the device. Raises ValueError where the loss or the gradient is no longer a number."""
+        for name, what in (("loss", "loss"), ("grad_norm", "gradient's norm")):
+            total = float(self.sums.get(name, 0.0))
+            if not math.isfinite(total):
+                raise ValueError(f"the {what} is {total} at step {step}: lower train.lr_peak or look at the data")
 
     def record(self, step: int, lr: float) -> dict[str, Any]:
-        """Read the device, once. Raises ValueError where the loss is no longer a number."""
-        mean = {k: float(torch.stack([getattr(s, k) for s in self.steps]).mean()) for k in ("loss", "grad_norm")}
-        if not math.isfinite(mean["loss"]):
-            raise ValueError(f"the loss is {mean['loss']} at step {step}: lower train.lr_peak or look at the data")
-        load = torch.stack([s.expert_load_LE for s in self.steps]).mean(0).cpu()
-        balance = float(torch.stack([s.balance_loss for s in self.steps]).mean()) / max(self.num_moe_layers, 1)
+        """The averages, for the log; then begin again. Errors as for `check`."""
+        self.check(step)
+        mean = {name: total.cpu() / self.num_steps for name, total in self.sums.items()}
         seconds = time.monotonic() - self.began
         record = {
             "tokens": step * self.tokens_per_step,
-            **mean,
+            "loss": float(mean["loss"]),
+            "grad_norm": float(mean["grad_norm"]),
             "lr": lr,
-            "balance_loss": balance,
-            "load_max_violation": max_violation(load),
-            "expert_load": [[round(x, 5) for x in row] for row in load.tolist()],
-            "tokens_per_s": len(self.steps) * self.tokens_per_step / max(seconds, 1e-9),
+            "balance_loss": float(mean["balance_loss"]) / max(self.num_moe_layers, 1),
+            "load_max_violation": max_violation(mean["expert_load_LE"]),
+            "expert_load": [[round(x, 5) for x in row] for row in mean["expert_load_LE"].tolist()],
+            "tokens_per_s": self.num_timed_steps * self.tokens_per_step / max(seconds, 1e-9),
         }
+        self.num_steps, self.sums = 0, {}
         self.restart_clock()
         return record
 
