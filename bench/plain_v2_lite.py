@@ -59,7 +59,7 @@ def decode(model: Transformer, num_sequences: int, context_length: int) -> dict[
 
 
 def checkpoint(model: Transformer, scratch: Path) -> dict[str, Any]:
-    """Save and load at full size, on the CPU; peak memory of the process is that of both models."""
+    """Save from the GPU and load to the CPU at full size; peak host memory includes the mapped files."""
     began = time.perf_counter()
     dsv2.save(model, scratch)
     saved = time.perf_counter()

@@ -1,0 +1,132 @@
+"""Generation over a cache is the same function as recomputing everything, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dsv2.engine.generate import Sampling, generate, sample
+from dsv2.model import Transformer
+from tests.numerics import SMALL_MODELS, random_model
+
+KINDS = ["v2", "v2-lite", "llama", "mixtral"]
+PROMPTS = [[5, 6, 7], [9], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest) -> Transformer:
+    return random_model(SMALL_MODELS[request.param](), seed=3, std=0.1)
+
+
+@pytest.fixture(scope="module")
+def lite() -> Transformer:
+    return random_model(SMALL_MODELS["v2-lite"](), seed=3, std=0.1)
+
+
+def recompute(model: Transformer, prompt: list[int], num_tokens: int) -> list[int]:
+    """Greedy, the whole sequence through the model for every token."""
+    ids = list(prompt)
+    for _ in range(num_tokens):
+        ids.append(int(model(torch.tensor(ids))[-1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_cached_greedy_equals_recomputing_token_for_token(model):
+    expected = [recompute(model, p, 12) for p in PROMPTS]
+    assert generate(model, PROMPTS, max_new_tokens=12, stop_ids=[]) == expected
+
+
+def test_a_batch_equals_its_sequences_alone(model):
+    batch = generate(model, PROMPTS, max_new_tokens=8, stop_ids=[])
+    assert batch == [generate(model, [p], max_new_tokens=8, stop_ids=[])[0] for p in PROMPTS]
+
+
+def test_a_sampled_sequence_does_not_depend_on_its_neighbours(lite):
+    sampling = Sampling(temperature=1.0, seed=4)
+    batch = generate(lite, PROMPTS, max_new_tokens=8, sampling=sampling, stop_ids=[])
+    others = [PROMPTS[0], [8, 8, 8, 8], [1]]
+    assert generate(lite, others, max_new_tokens=8, sampling=sampling, stop_ids=[])[0] == batch[0]
+
+
+def test_seeds_repeat_and_differ(lite):
+    def run(seed: int) -> list[list[int]]:
+        return generate(lite, PROMPTS, max_new_tokens=8, sampling=Sampling(temperature=1.0, seed=seed), stop_ids=[])
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+
+
+def test_a_stop_id_ends_its_sequence_only(lite):
+    free = generate(lite, PROMPTS, max_new_tokens=10, stop_ids=[])
+    stop = free[0][3]
+    stopped = generate(lite, PROMPTS, max_new_tokens=10, stop_ids=[stop])
+    for ids, expected in zip(stopped, free, strict=True):
+        end = expected.index(stop) + 1 if stop in expected else len(expected)
+        assert ids == expected[:end]
+
+
+def test_every_token_is_announced_once_in_order(lite):
+    heard: list[list[int]] = [[], [], []]
+    out = generate(lite, PROMPTS, max_new_tokens=6, stop_ids=[], on_token=lambda i, t: heard[i].append(t))
+    assert heard == out
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=1.0, top_k=1), Sampling(temperature=1.0, top_p=1e-6)])
+def test_one_candidate_left_is_greedy(lite, sampling):
+    greedy = generate(lite, PROMPTS, max_new_tokens=6, stop_ids=[])
+    assert generate(lite, PROMPTS, max_new_tokens=6, sampling=sampling, stop_ids=[]) == greedy
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(temperature=1.0), [0.5, 0.25, 0.15, 0.1]),
+        (Sampling(temperature=1.0, top_k=2), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(temperature=1.0, top_p=0.6), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(temperature=0.5), [0.25, 0.0625, 0.0225, 0.01]),
+    ],
+    ids=["plain", "top-k", "top-p", "cold"],
+)
+def test_samples_follow_the_distribution(sampling, expected):
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+    generator = torch.Generator().manual_seed(0)
+    num = 8000
+    counts = torch.bincount(torch.tensor([sample(logits, sampling, generator) for _ in range(num)]), minlength=4)
+    for count, p in zip(counts.tolist(), (e / sum(expected) for e in expected), strict=True):
+        assert abs(count / num - p) <= 4 * math.sqrt(p * (1 - p) / num)
+
+
+def test_no_prompts_make_no_outputs(lite):
+    assert generate(lite, [], max_new_tokens=3) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "max_new_tokens", "message"),
+    [
+        ([[1], []], 4, "prompt 1 is empty"),
+        ([[1, -1]], 4, "token id -1 is outside the vocabulary"),
+        ([[512]], 4, "token id 512 is outside the vocabulary of 512"),
+        ([[1]], 0, "max_new_tokens=0"),
+    ],
+)
+def test_bad_requests_are_refused(lite, prompts, max_new_tokens, message):
+    with pytest.raises(ValueError, match=message):
+        generate(lite, prompts, max_new_tokens=max_new_tokens)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"temperature": math.inf}, "temperature=inf"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"top_k": -1}, "top_k=-1"),
+    ],
+)
+def test_bad_sampling_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**fields)
