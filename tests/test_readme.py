@@ -58,7 +58,8 @@ def test_every_command_runs(workdir):
             planned = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
             assert {"demo": "-m dsv2 demo --out demo", "test": "-m pytest"}[words[1]] in planned.stdout
         elif words[0] == ".":
-            assert words[1] == f"{re.search(r'^VENV := (.+)$', (ROOT / 'Makefile').read_text(), re.M)[1]}/bin/activate"
+            (venv,) = re.findall(r"^VENV := (.+)$", (ROOT / "Makefile").read_text(), re.M)
+            assert words[1] == f"{venv}/bin/activate"
         else:
             assert words[0] == "dsv2", command
             quick = ["--quick"] if words[1] == "demo" and "--list" not in words else []

@@ -64,7 +64,7 @@ def recipe(corpus: Path, **train: Any) -> PretrainConfig:
     """A run over the corpus of `write_corpus`; keys of `train` on top."""
     every = {"log_every": LOG_EVERY, "checkpoint_every": CHECKPOINT_EVERY, "eval_every": EVAL_EVERY}
     sizes = {"steps": STEPS, "batch_sequences": 4, "micro_batch_sequences": 2, "eval_tokens": 100}
-    keys = {"lr_peak": 1e-2, "warmup_steps": 2, "device": "cpu"} | sizes | every | train
+    keys: dict[str, Any] = {"lr_peak": 1e-2, "warmup_steps": 2, "device": "cpu"} | sizes | every | train
     return PretrainConfig(
         model=small_model(Tokenizer.load(corpus / "tokenizer").vocab_size),
         data=DataConfig(
