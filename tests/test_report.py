@@ -1,0 +1,57 @@
+"""The report page: what it shows, and that text from a model cannot become markup."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsv2.report import Section, bar_plot, run_sections, samples_section, write_report
+
+STEP = {"tokens": 100, "loss": 2.0, "lr": 0.1, "load_max_violation": 0.5, "expert_load": [[0.5, 0.5], [0.7, 0.3]]}
+
+
+def run_with(tmp_path: Path, *records: dict) -> Path:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return tmp_path
+
+
+def test_a_run_shows_loss_held_out_text_and_load(tmp_path):
+    run = run_with(tmp_path, {"step": 0, "held_out_bits_per_byte": {"a": 3.0}}, {"step": 1, **STEP})
+    sections = run_sections(run)
+    assert [s.title for s in sections] == ["Training loss", "Held-out bits per byte", "Expert load"]
+    assert all(s.markup.startswith("<svg") for s in sections)
+
+
+def test_a_dense_run_has_no_load(tmp_path):
+    sections = run_sections(run_with(tmp_path, {"step": 1, **STEP, "expert_load": []}))
+    assert [s.title for s in sections] == ["Training loss"]
+
+
+def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path):
+    run = run_with(tmp_path, {"step": 1, **STEP})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "loss"')
+    assert run_sections(run)
+
+
+def test_a_directory_without_metrics_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no training metrics"):
+        run_sections(tmp_path)
+
+
+def test_text_is_escaped_everywhere(tmp_path):
+    evil = "<script>alert(1)</script>"
+    sections = [samples_section([{"title": evil, "prompt": evil, "completion": evil}])]
+    sections.append(Section(evil, evil, (evil,), [(evil,)]))
+    write_report(tmp_path / "r.html", evil, sections)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<script>" not in page
+    assert page.count("&lt;script&gt;") == 9
+
+
+def test_bars_carry_their_labels_and_values():
+    plot = bar_plot(["MLA", "MHA"], [320, 1024], "elements")
+    assert plot.startswith("<svg")
+    assert "1,024" in plot
