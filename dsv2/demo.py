@@ -55,7 +55,7 @@ class DemoConfig:
             code_bytes=200_000,
             vocab_size=1024,
             sequence_length=128,
-            steps=80,
+            steps=150,
         )
 
     def recipe(self, out: Path, vocab_size: int, eos_id: int, bos_id: int) -> PretrainConfig:

@@ -44,7 +44,7 @@ def bits_per_byte(
     overlap); a later window scores only what the earlier did not reach. `max_tokens` cuts each source after so many
     tokens; the bytes of a cut document count in proportion.
     """
-    stride = stride or window
+    stride = window if stride is None else stride
     if not 0 < stride <= window:
         raise ValueError(f"stride={stride} must be between 1 and window={window}")
     scores: dict[str, SourceScore] = {}

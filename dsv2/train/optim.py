@@ -38,5 +38,5 @@ def load_state_tensors(model: nn.Module, optimizer: torch.optim.AdamW, tensors: 
             if found is None or found.shape != shape:
                 got = "is missing" if found is None else f"has shape {tuple(found.shape)}"
                 raise ValueError(f"optimizer state: {kind}/{name} {got}, expected shape {tuple(shape)}")
-        state = {m: tensors[f"{m}/{name}"].to(p.device) for m in _MOMENTS}
-        optimizer.state[p] = state | {"step": tensors[f"step/{name}"].reshape(()).to(p.device)}
+        state = {m: tensors[f"{m}/{name}"].to(p.device, copy=True) for m in _MOMENTS}
+        optimizer.state[p] = state | {"step": tensors[f"step/{name}"].reshape(()).to(p.device, copy=True)}
