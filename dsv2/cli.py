@@ -13,7 +13,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
+)
 data_app = typer.Typer(no_args_is_help=True, help="Text into tokenizers and token shards.")
 app.add_typer(data_app, name="data")
 
@@ -25,7 +27,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        message = " ".join(str(error).split())
+        Console(stderr=True, soft_wrap=True).print(f"error: {message}", markup=False, highlight=False)
         sys.exit(2)
 
 
@@ -112,8 +115,14 @@ def data_shards(
 ) -> None:
     """Tokenise text once, into memory-mapped shards that `pretrain` reads."""
     from dsv2.data import read_documents, split_held_out, write_shards
+    from dsv2.files import require_replaceable
     from dsv2.text import Tokenizer
 
+    if held_out is not None and held_out.resolve() == out.resolve():
+        raise ValueError(f"--held-out {held_out} must be another directory than --out")
+    for directory in (out, held_out):  # both, before either is written
+        if directory is not None:
+            require_replaceable(directory)
     tok = Tokenizer.load(tokenizer)
     documents = read_documents(inputs)
     parts = [(out, documents)]
@@ -179,8 +188,9 @@ def generate(
         ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
     else:
         ids = tokenizer.encode(prompt, add_bos=True)
-        typer.echo(prompt, nl=False)
     model = load(directory, device=pick_device(device), dtype=parse_dtype(dtype))
+    if not chat:
+        typer.echo(prompt, nl=False)
     decoder = StreamDecoder(tokenizer)
     run(
         model,
@@ -203,6 +213,8 @@ def convert(
     from dsv2.weights import convert as run
     from dsv2.weights import parse_dtype
 
+    if not 0 < max_shard_gb < float("inf"):
+        raise ValueError(f"--max-shard-gb {max_shard_gb} must be positive")
     run(source, target, dtype=parse_dtype(dtype), max_shard_bytes=int(max_shard_gb * 1e9))
     console.print(f"wrote {target}", highlight=False)
 

@@ -98,7 +98,7 @@ class Demo:
         self._state_file = self.out / "stages.json"
         self._done: dict[str, Any] = {}
         if self._state_file.is_file():
-            state = json.loads(self._state_file.read_text(encoding="utf-8"))
+            state = _read_state(self._state_file)
             if schema.from_dict(DemoConfig, state["config"]) != self.cfg:
                 raise ValueError(f"{self.out} holds a demo of other sizes; give another --out, or delete it")
             self._done = state["done"]
@@ -147,6 +147,14 @@ class Demo:
         if not file.is_file():
             raise ValueError(f"{file} is missing: run the earlier stages first")
         return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        return {"config": dict(state["config"]), "done": dict(state["done"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); give another --out, or delete it") from error
 
 
 def _text(demo: Demo) -> str:

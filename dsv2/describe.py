@@ -14,10 +14,15 @@ from dsv2.config.counts import describe
 
 
 def find_config(name: str) -> ModelConfig:
-    """A preset by name, or the configuration of a checkpoint directory or `config.json`."""
+    """A preset by name, or the configuration of a checkpoint directory or `config.json`.
+
+    A folder that is called as a preset is (`demo`, after the demo) must be written as a path: `./demo`.
+    """
+    if name in PRESETS:
+        return ModelConfig.preset(name)
     if Path(name).exists():
         return ModelConfig.from_hf(name)
-    if name not in PRESETS and ("/" in name or name.endswith(".json")):
+    if "/" in name or name.endswith(".json"):
         raise ValueError(f"no checkpoint at {name}; presets: {', '.join(PRESETS)}")
     return ModelConfig.preset(name)
 

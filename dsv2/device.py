@@ -13,6 +13,8 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device {name!r} is not one that torch knows, such as auto, cpu or cuda:0") from error
+    if device.type == "meta":
+        raise ValueError("device 'meta' holds no numbers: give auto, cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device

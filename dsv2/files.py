@@ -20,10 +20,7 @@ def replacing_directory(path: str | Path, *, marker: str | None = None) -> Itera
     An existing directory is replaced only if it is empty or holds a file that matches the pattern `marker`; ValueError
     otherwise. Where the system can swap two paths in one step, `path` holds the old or the new one at every moment.
     """
-    target = Path(path).resolve()
-    if target.exists() and not _may_replace(target, marker):
-        also = f", or one that holds {marker}" if marker else ""
-        raise ValueError(f"{target} exists already and may not be replaced: expected a new or an empty folder{also}")
+    target = require_replaceable(path, marker)
     target.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
@@ -58,6 +55,15 @@ def _replace_in_two_steps(new: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old)
+
+
+def require_replaceable(path: str | Path, marker: str | None = None) -> Path:
+    """The absolute path, once it is clear that `replacing_directory` may have it. ValueError otherwise."""
+    target = Path(path).resolve()
+    if target.exists() and not _may_replace(target, marker):
+        also = f", or one that holds {marker}" if marker else ""
+        raise ValueError(f"{target} exists already and may not be replaced: expected a new or an empty folder{also}")
+    return target
 
 
 def _may_replace(target: Path, marker: str | None) -> bool:

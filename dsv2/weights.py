@@ -149,6 +149,8 @@ def write_model(
 ) -> None:
     """The files of `save` without the tokenizer, straight into an existing directory."""
     dtype = dtype or model.dtype
+    if dtype not in _STORED.values():
+        raise ValueError(f"cannot save {dtype}: expected one of {', '.join(map(str, _STORED.values()))}")
     table = name_table(model.cfg, model)
     parameters = dict(model.named_parameters())
     shards = _plan_shards(table, dtype.itemsize, max_shard_bytes)

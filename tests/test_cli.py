@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
 import dsv2
+from dsv2 import cli
 from dsv2.config.run import to_toml
 from tests.numerics import random_model
 from tests.train.tiny import recipe, write_corpus
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`dsv2 ...` in this process, which spares each test two seconds of imports."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["dsv2", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    status = exit_.value.code
+    assert status is None or isinstance(status, int)
+    return subprocess.CompletedProcess(arguments, status or 0, out.getvalue(), err.getvalue())
+
+
+def run_as_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parent.parent
     command = [sys.executable, "-m", "dsv2", *arguments]
     return subprocess.run(command, cwd=root, capture_output=True, text=True)
@@ -93,6 +112,20 @@ MISTAKES = {
     "missing text": (["data", "tokenizer", "{tmp}/none", "--out", "{tmp}/t"], "{tmp}/none"),
     "report of nothing": (["report", "{tmp}"], "holds no training metrics"),
     "convert onto something else": (["convert", "{c}/model", "{c}"], "may not be replaced"),
+    "held out into the training text": (
+        [
+            "data",
+            "shards",
+            "{c}/recipe.toml",
+            "--tokenizer",
+            "{c}/tokenizer",
+            "--out",
+            "{tmp}/r",
+            "--held-out",
+            "{tmp}/r",
+        ],
+        "must be another directory than --out",
+    ),
     "unknown stage": (["demo", "--out", "{tmp}/d", "--stage", "train"], "no stage 'train'"),
 }
 

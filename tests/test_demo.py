@@ -79,6 +79,13 @@ def test_a_directory_of_other_sizes_is_refused(out):
         Demo(out, DemoConfig(), quiet())
 
 
+@pytest.mark.parametrize("text", ["garbage", "{}", "[]", '{"config": 3, "done": {}}'])
+def test_a_damaged_record_of_stages_is_named(tmp_path, text):
+    (tmp_path / "stages.json").write_text(text)
+    with pytest.raises(ValueError, match="stages.json is damaged"):
+        Demo(tmp_path, DemoConfig.quick(), quiet())
+
+
 def test_a_stage_without_its_predecessors_says_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="run the (earlier stages|stage 'pretrain') first"):
         Demo(tmp_path, DemoConfig.quick(), quiet()).run(only="report")

@@ -27,6 +27,8 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must not be negative (0: no limit)")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must be in [0, 2^63)")
 
 
 @torch.inference_mode()
@@ -85,12 +87,14 @@ def sample(logits_W: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     """One id from next-token logits [W] fp32: temperature, then top-k, then top-p (nucleus)."""
     if sampling.temperature == 0:
         return int(logits_W.argmax())
-    probs_W = (logits_W / sampling.temperature).softmax(-1)
+    # Differences to the largest, in fp64, stay numbers however small the temperature.
+    probs_W = ((logits_W - logits_W.max()).double() / sampling.temperature).softmax(-1)
     sorted_W, order_W = probs_W.sort(descending=True, stable=True)
     if sampling.top_k:
         sorted_W[sampling.top_k :] = 0
-    # Keep the smallest set whose mass reaches top_p: drop an id once those before it suffice.
-    sorted_W[sorted_W.cumsum(0) - sorted_W >= sampling.top_p * sorted_W.sum()] = 0
+    if sampling.top_p < 1:
+        # Keep the smallest set whose mass reaches top_p: drop an id once those before it suffice.
+        sorted_W[sorted_W.cumsum(0) - sorted_W >= sampling.top_p * sorted_W.sum()] = 0
     return int(order_W[torch.multinomial(sorted_W, 1, generator=generator)])
 
 

@@ -107,6 +107,8 @@ class Transformer(nn.Module):
     def _check(self, tokens_T: Tensor, context: Context) -> None:
         if tokens_T.dim() != 1:
             raise ValueError(f"tokens must be packed [T], got shape {tuple(tokens_T.shape)}")
+        if tokens_T.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens must be int64 ids, got {tokens_T.dtype}")
         rows = context.segments[-1].stop if context.segments else 0
         if rows != len(tokens_T):
             raise ValueError(f"the context describes {rows} tokens, got {len(tokens_T)}")

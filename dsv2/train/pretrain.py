@@ -151,7 +151,9 @@ class Pretraining:
         last = self.step == self.cfg.train.steps
         limit = None if last else self.cfg.train.eval_tokens
         scores = bits_per_byte(self.model, self.held_out, window=self.cfg.data.sequence_length, max_tokens=limit)
-        log.write(self.step, {"held_out_bits_per_byte": {k: s.bits_per_byte for k, s in scores.items()}})
+        # A source of which nothing was scored has no figure: NaN is not JSON.
+        figures = {name: s.bits_per_byte for name, s in scores.items() if s.num_bytes}
+        log.write(self.step, {"held_out_bits_per_byte": figures})
 
     def _save(self) -> None:
         self.meter.check(self.step)
