@@ -147,12 +147,14 @@ def pretrain(
     """Train a model from scratch as a recipe says; stopped runs resume exactly."""
     from dsv2.config.run import load_pretrain
     from dsv2.report import run_sections, write_report
+    from dsv2.train.metrics import read_metrics
     from dsv2.train.pretrain import Pretraining
 
     should_stop = stop_on_signal()
     run = Pretraining(load_pretrain(recipe, overrides or []), out, console)
     complete = run.run(should_stop)
-    write_report(out / "report.html", f"Pretraining: {recipe.stem}", run_sections(out))
+    if any("loss" in record for record in read_metrics(out)):  # none where it was stopped before the first
+        write_report(out / "report.html", f"Pretraining: {recipe.stem}", run_sections(out))
     if not complete:
         console.print(f"stopped at step {run.step}; the same command continues", highlight=False)
         raise typer.Exit(130)

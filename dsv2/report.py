@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +119,7 @@ def _held_out_plot(evals: Sequence[dict[str, Any]]) -> str:
     axes = figure.subplots()
     for source in evals[-1]["held_out_bits_per_byte"]:
         points = [(r["step"], r["held_out_bits_per_byte"].get(source)) for r in evals]
-        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", markersize=3, label=source)
+        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", markersize=3, label=_label(source))
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte")
     axes.legend()
@@ -141,6 +142,11 @@ def _load_plot(steps: Sequence[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
+def _label(text: str) -> str:
+    """Text that matplotlib neither hides (a leading _) nor sets as mathematics ($)."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def _figure(height: float) -> Figure:
     from matplotlib.figure import Figure
 
@@ -148,7 +154,12 @@ def _figure(height: float) -> Figure:
 
 
 def _svg(figure: Figure) -> str:
+    """Text stays text, in a font of the reader's: matplotlib's own lacks most scripts, and warns of each letter."""
+    import matplotlib
+
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

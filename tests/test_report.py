@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
@@ -55,3 +56,28 @@ def test_bars_carry_their_labels_and_values():
     plot = bar_plot(["MLA", "MHA"], [320, 1024], "elements")
     assert plot.startswith("<svg")
     assert "1,024" in plot
+
+
+@pytest.mark.parametrize("source", ["文言", "_hidden", "$x$", r"$\broken", "a & b <i>"])
+def test_a_source_of_any_name_stands_in_the_legend(tmp_path, source):
+    run = run_with(tmp_path, {"step": 0, "held_out_bits_per_byte": {source: 3.0}}, {"step": 1, **STEP})
+    (section,) = [s for s in run_sections(run) if s.title == "Held-out bits per byte"]
+    assert f"{html.escape(source, quote=False)}</text>" in section.markup
+
+
+def test_the_page_holds_titles_tables_and_plots(tmp_path):
+    run = run_with(tmp_path, {"step": 1, **STEP})
+    table = Section("Scores", "A note.", ("text", "bits"), [("prose", "1.234")])
+    write_report(tmp_path / "report.html", "A run", [table, *run_sections(run)])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<title>A run</title>" in page
+    assert "<th>bits</th>" in page
+    assert "<td>1.234</td>" in page
+    assert "A note." in page
+    assert page.count("<svg") == 2
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_source_that_appears_later_is_drawn_from_then_on(tmp_path):
+    evals = [{"step": i, "held_out_bits_per_byte": {"a": 3.0} | ({"b": 2.0} if i else {})} for i in range(3)]
+    assert len(run_sections(run_with(tmp_path, *evals, {"step": 3, **STEP}))) == 3
