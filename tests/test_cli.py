@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import dsv2
 from dsv2 import cli
 from dsv2.config.run import to_toml
+from dsv2.data import TokenShards
+from dsv2.text import encode_chat
+from dsv2.train.step import StepStats, train_step
 from tests.numerics import random_model
-from tests.train.tiny import recipe, write_corpus
+from tests.train.tiny import documents, recipe, write_corpus
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -140,3 +146,156 @@ def test_a_mistake_is_one_line_and_status_2(corpus, tmp_path, name):
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "r").exists()
+
+
+# From text to a conversation --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of text files, and one file of JSON lines."""
+    folder = tmp_path_factory.mktemp("text")
+    for i, document in enumerate(documents(5, 30)):
+        (folder / f"{i}.txt").write_text(document.text, encoding="utf-8")
+    (folder / "more.jsonl").write_text('{"text": "once more"}\n', encoding="utf-8")
+    return folder
+
+
+def test_text_becomes_a_tokenizer_and_two_disjoint_sets_of_shards(text, tmp_path):
+    made = run("data", "tokenizer", str(text), "--vocab-size", "300", "--out", str(tmp_path / "tokenizer"))
+    assert made.stdout == f"300 ids in {tmp_path / 'tokenizer'}\n"
+    tokenizer = dsv2.Tokenizer.load(tmp_path / "tokenizer")
+    train, held_out = tmp_path / "train", tmp_path / "held_out"
+    wrote = run(
+        *("data", "shards", str(text), "--tokenizer", str(tmp_path / "tokenizer"), "--out", str(train)),
+        *("--held-out", str(held_out), "--held-out-fraction", "0.2"),
+    )
+    shards = [TokenShards.open(folder) for folder in (train, held_out)]
+    texts = [{tokenizer.decode(tokens) for _, _, tokens in s.documents()} for s in shards]
+    assert texts[0].isdisjoint(texts[1])
+    assert texts[0] | texts[1] == {d.text for d in documents(5, 30)} | {"once more"}
+    assert len(texts[1]) >= 1
+    for folder, s in zip((train, held_out), shards, strict=True):
+        assert f"{folder}: {s.manifest.num_documents} documents, {s.num_tokens:,} tokens" in wrote.stdout
+        s.check_tokenizer(tokenizer.fingerprint)
+
+
+def test_without_held_out_all_documents_are_for_training(corpus, text, tmp_path):
+    run("data", "shards", str(text), "--tokenizer", str(corpus / "tokenizer"), "--out", str(tmp_path / "train"))
+    assert TokenShards.open(tmp_path / "train").manifest.num_documents == 31
+
+
+def test_shards_are_not_begun_where_the_held_out_ones_cannot_go(corpus, text, tmp_path):
+    (tmp_path / "held_out").mkdir()
+    (tmp_path / "held_out" / "letter.txt").write_text("precious")
+    result = run(
+        *("data", "shards", str(text), "--tokenizer", str(corpus / "tokenizer"), "--out", str(tmp_path / "train")),
+        *("--held-out", str(tmp_path / "held_out")),
+    )
+    assert result.returncode == 2
+    assert "held_out exists already" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["held_out"]
+
+
+@pytest.mark.parametrize("sampling", [[], ["--temperature", "1.0", "--top-k", "50", "--top-p", "0.9", "--seed", "3"]])
+def test_generate_says_what_the_library_says(corpus, sampling):
+    said = run("generate", str(corpus / "model"), "--prompt", "ten", "--max-tokens", "5", "--device", "cpu", *sampling)
+    model, tokenizer = dsv2.load(corpus / "model"), dsv2.Tokenizer.load(corpus / "model")
+    chosen = dsv2.Sampling(temperature=1.0, top_k=50, top_p=0.9, seed=3) if sampling else None
+    prompt = tokenizer.encode("ten", add_bos=True)
+    (ids,) = dsv2.generate(model, [prompt], max_new_tokens=5, sampling=chosen)
+    assert said.stdout == "ten" + tokenizer.decode(ids) + "\n"
+
+
+def test_chat_answers_a_templated_prompt_without_repeating_it(corpus):
+    said = run("generate", str(corpus / "model"), "--chat", "--prompt", "ten", "--max-tokens", "5", "--device", "cpu")
+    model, tokenizer = dsv2.load(corpus / "model"), dsv2.Tokenizer.load(corpus / "model")
+    ids = encode_chat(tokenizer, [{"role": "user", "content": "ten"}])
+    assert said.stdout == tokenizer.decode(dsv2.generate(model, [ids], max_new_tokens=5)[0]) + "\n"
+
+
+def test_report_writes_the_page_of_a_run_where_it_is_told(tmp_path):
+    record = {"step": 1, "tokens": 8, "loss": 2.0, "lr": 0.1, "load_max_violation": 0.0, "expert_load": []}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    for arguments, page in (([], "report.html"), (["--out", str(tmp_path / "other.html")], "other.html")):
+        assert run("report", str(tmp_path), *arguments).stdout == f"wrote {tmp_path / page}\n"
+        assert "<svg" in (tmp_path / page).read_text()
+
+
+def test_describe_prefers_a_preset_to_a_folder_of_that_name(tmp_path, monkeypatch):
+    # The demo leaves a folder called as the preset it trains.
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(run("describe", "demo", "--json").stdout)["model_type"] == "deepseek_v2"
+    assert "no config.json" in run("describe", "./demo").stderr
+
+
+# Ends -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mistake_in_a_process_of_its_own_shows_no_traceback(tmp_path):
+    result = run_as_process("pretrain", str(tmp_path / "none.toml"), "--out", str(tmp_path / "run"))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"error: no recipe at {tmp_path / 'none.toml'}\n"
+
+
+def test_an_error_of_several_lines_is_told_in_one(tmp_path):
+    result = run("report", str(tmp_path / "two\nlines"))
+    assert result.stderr == f"error: {tmp_path / 'two lines'} holds no training metrics\n"
+
+
+def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(corpus, tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dsv2.weights.save_file", full)
+    result = run("convert", str(corpus / "model"), str(tmp_path / "out"))
+    assert (result.returncode, result.stderr) == (2, "error: [Errno 28] No space left on device\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_command_ends_with_130(corpus, monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dsv2.weights.load", interrupted)
+    assert run("generate", str(corpus / "model"), "--prompt", "ten").returncode == 130
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, number: int, times: int = 1) -> None:
+    """Every training step begins with a signal to the process."""
+
+    def step(*arguments: Any) -> StepStats:
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+        return train_step(*arguments)
+
+    monkeypatch.setattr("dsv2.train.pretrain.train_step", step)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_pretraining_between_two_steps(corpus, tmp_path, monkeypatch, number):
+    signalled(monkeypatch, number)
+    result = run("pretrain", str(corpus / "recipe.toml"), "--out", str(tmp_path / "run"), "--set", "train.log_every=1")
+    assert result.returncode == 130
+    assert "stopping after this step" in result.stdout
+    assert "stopped at step 1; the same command continues" in result.stdout
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_signal_before_anything_was_logged_still_ends_well(corpus, tmp_path, monkeypatch):
+    arguments = ["pretrain", str(corpus / "recipe.toml"), "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        signalled(patch, signal.SIGTERM)
+        stopped = run(*arguments)
+    assert (stopped.returncode, stopped.stderr) == (130, "")
+    resumed = run(*arguments)
+    assert resumed.returncode == 0
+    assert "at step 1" in resumed.stdout
+
+
+def test_a_second_signal_ends_at_once(corpus, tmp_path, monkeypatch):
+    signalled(monkeypatch, signal.SIGTERM, times=2)
+    assert run("pretrain", str(corpus / "recipe.toml"), "--out", str(tmp_path / "run")).returncode == 130
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []

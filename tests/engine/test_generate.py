@@ -130,3 +130,68 @@ def test_bad_requests_are_refused(lite, prompts, max_new_tokens, message):
 def test_bad_sampling_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**fields)
+
+
+# Order, seeds and limits ------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_announced_round_by_round(lite):
+    free = generate(lite, PROMPTS, max_new_tokens=5, stop_ids=[])
+    stop = free[1][1]
+    heard: list[tuple[int, int]] = []
+    out = generate(lite, PROMPTS, max_new_tokens=5, stop_ids=[stop], on_token=lambda i, t: heard.append((i, t)))
+    rounds = [[(i, ids[n]) for i, ids in enumerate(out) if n < len(ids)] for n in range(5)]
+    assert heard == [event for events in rounds for event in events]
+    assert len(out[1]) < 5
+
+
+@pytest.mark.parametrize("name", ["v2", "llama"])
+def test_a_sampled_batch_equals_singles_with_their_own_seeds(name):
+    model = random_model(SMALL_MODELS[name](), seed=3, std=0.1)
+    batch = generate(model, PROMPTS, max_new_tokens=8, sampling=Sampling(temperature=0.8, seed=5), stop_ids=[])
+    for i, prompt in enumerate(PROMPTS):
+        alone = Sampling(temperature=0.8, seed=5 + i)
+        assert generate(model, [prompt], max_new_tokens=8, sampling=alone, stop_ids=[]) == [batch[i]]
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_the_models_own_eos_ends_a_sequence_unless_told_otherwise(as_tuple):
+    free = generate(random_model(SMALL_MODELS["v2"]()), PROMPTS[:1], max_new_tokens=6, stop_ids=[])[0]
+    eos = free[2]
+    model = random_model(SMALL_MODELS["v2"]().replace(eos_token_id=(511, eos) if as_tuple else eos))
+    assert generate(model, PROMPTS[:1], max_new_tokens=6) == [free[: free.index(eos) + 1]]
+    assert generate(model, PROMPTS[:1], max_new_tokens=6, stop_ids=[]) == [free]
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-40, 1e-300])
+def test_the_coldest_temperatures_are_greedy_and_stay_numbers(temperature):
+    logits = torch.tensor([1.0, 3.0, 2.9, -50.0])
+    generator = torch.Generator().manual_seed(0)
+    assert {sample(logits, Sampling(temperature=temperature), generator) for _ in range(20)} == {1}
+
+
+def test_without_top_p_the_longest_tail_can_still_be_drawn(monkeypatch):
+    # In fp32 the running sum reaches its end long before the last of these.
+    logits = torch.randn(100_000, generator=torch.Generator().manual_seed(0)) * 8
+    seen: list[torch.Tensor] = []
+    multinomial = torch.multinomial
+
+    def spy(weights: torch.Tensor, num_samples: int, *, generator: torch.Generator) -> torch.Tensor:
+        seen.append(weights)
+        return multinomial(weights, num_samples, generator=generator)
+
+    monkeypatch.setattr(torch, "multinomial", spy)
+    sample(logits, Sampling(temperature=1.0), torch.Generator().manual_seed(0))
+    assert (seen[0] > 0).all()
+
+
+def test_top_k_beyond_the_vocabulary_restricts_nothing():
+    logits = torch.zeros(4)
+    generator = torch.Generator().manual_seed(0)
+    assert {sample(logits, Sampling(temperature=1.0, top_k=99), generator) for _ in range(100)} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
+def test_a_seed_that_no_generator_takes_is_refused(seed):
+    with pytest.raises(ValueError, match=f"seed={seed} must be in"):
+        Sampling(temperature=1.0, seed=seed)
