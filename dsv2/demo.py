@@ -58,9 +58,9 @@ class DemoConfig:
             steps=150,
         )
 
-    def recipe(self, out: Path, vocab_size: int, eos_id: int, bos_id: int) -> PretrainConfig:
+    def recipe(self, out: Path, vocab_size: int) -> PretrainConfig:
         """The pretraining run as `dsv2 pretrain` would read it from a file."""
-        model = ModelConfig.preset("demo").replace(vocab_size=vocab_size, bos_token_id=bos_id, eos_token_id=eos_id)
+        model = ModelConfig.preset("demo").replace(vocab_size=vocab_size)
         data = DataConfig(
             train=str(out / "shards" / "train"),
             held_out=str(out / "shards" / "held_out"),
@@ -197,8 +197,7 @@ def _pretrain(demo: Demo) -> str:
     from dsv2.config.counts import active_parameters, parameters
     from dsv2.train.pretrain import Pretraining
 
-    tokenizer = Tokenizer.load(demo.out / "tokenizer")
-    recipe = demo.cfg.recipe(demo.out, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id)
+    recipe = demo.cfg.recipe(demo.out, Tokenizer.load(demo.out / "tokenizer").vocab_size)
     run = Pretraining(recipe, demo.out / "run", demo.console)
     run.run(demo.should_stop)
     total, active = parameters(recipe.model), active_parameters(recipe.model)
@@ -223,10 +222,14 @@ def _evaluate(demo: Demo) -> str:
     table = Table(title="held-out bits per byte", title_justify="left")
     for column in ("text", "bytes", "model", "xz -9"):
         table.add_column(column, justify="left" if column == "text" else "right")
-    for name, r in result.items():
-        table.add_row(name, f"{r['bytes']:,}", f"{r['model']:.3f}", f"{r['xz']:.3f}")
+    for row in _score_rows(result):
+        table.add_row(*row)
     demo.console.print(table)
     return "bits per byte of the model and of xz -9 on the same documents"
+
+
+def _score_rows(scores: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    return [(name, f"{s['bytes']:,}", f"{s['model']:.3f}", f"{s['xz']:.3f}") for name, s in scores.items()]
 
 
 def xz_bits_per_byte(train: Sequence[Document], held_out: Sequence[Document]) -> dict[str, float]:
@@ -269,7 +272,7 @@ def _report(demo: Demo) -> str:
         "Against a compressor",
         "Bits per byte on held-out documents; xz -9 has read the same training text. Lower is better.",
         ("text", "held-out bytes", "model", "xz -9"),
-        [(n, f"{r['bytes']:,}", f"{r['model']:.3f}", f"{r['xz']:.3f}") for n, r in evaluation.items()],
+        _score_rows(evaluation),
     )
     sections = [scores, *run_sections(demo.out / "run"), _cache_section(demo)]
     sections.append(samples_section(demo.read("samples.json")["samples"]))

@@ -12,14 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dsv2.config import schema
+from dsv2.config.schema import require
 
 MODEL_TYPES = ("deepseek_v2", "deepseek", "llama", "qwen2", "mixtral")
 ROUTERS = ("greedy", "group_limited_greedy")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -41,9 +37,9 @@ class YarnConfig:
     """Overrides the rotary ratio that follows from `mscale` and `mscale_all_dim`."""
 
     def __post_init__(self) -> None:
-        _require(self.factor >= 1, f"rope.yarn.factor={self.factor} must be at least 1")
+        require(self.factor >= 1, f"rope.yarn.factor={self.factor} must be at least 1")
         length = self.original_max_position_embeddings
-        _require(length > 0, f"rope.yarn.original_max_position_embeddings={length} must be positive")
+        require(length > 0, f"rope.yarn.original_max_position_embeddings={length} must be positive")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +51,7 @@ class RopeConfig:
     yarn: YarnConfig | None = None
 
     def __post_init__(self) -> None:
-        _require(self.theta > 1, f"rope.theta={self.theta} must be above 1")
+        require(self.theta > 1, f"rope.theta={self.theta} must be above 1")
 
     # NOTE: the next two look alike and are not. The ratio scales cos and sin, so only the rotary channels;
     # the softmax factor scales the whole logit, the channels without position included. Merging them is a
@@ -137,17 +133,17 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         E, A, G = self.num_experts, self.experts_per_token, self.num_groups
-        _require(self.router in ROUTERS, f"moe.router={self.router!r} must be one of {', '.join(ROUTERS)}")
-        _require(E > 0, f"moe.num_experts={E} must be positive")
-        _require(0 < A <= E, f"moe.experts_per_token={A} must be between 1 and num_experts={E}")
-        _require(self.expert_intermediate_size > 0, "moe.expert_intermediate_size must be positive")
-        _require(self.num_shared_experts >= 0, "moe.num_shared_experts must not be negative")
-        _require(self.first_dense_layers >= 0, "moe.first_dense_layers must not be negative")
+        require(self.router in ROUTERS, f"moe.router={self.router!r} must be one of {', '.join(ROUTERS)}")
+        require(E > 0, f"moe.num_experts={E} must be positive")
+        require(0 < A <= E, f"moe.experts_per_token={A} must be between 1 and num_experts={E}")
+        require(self.expert_intermediate_size > 0, "moe.expert_intermediate_size must be positive")
+        require(self.num_shared_experts >= 0, "moe.num_shared_experts must not be negative")
+        require(self.first_dense_layers >= 0, "moe.first_dense_layers must not be negative")
         if self.router == "group_limited_greedy":
-            _require(G > 0 and E % G == 0, f"moe.num_experts={E} must be divisible by num_groups={G}")
+            require(G > 0 and E % G == 0, f"moe.num_experts={E} must be divisible by num_groups={G}")
             M = self.groups_per_token
-            _require(0 < M <= G, f"moe.groups_per_token={M} must be between 1 and num_groups={G}")
-            _require(
+            require(0 < M <= G, f"moe.groups_per_token={M} must be between 1 and num_groups={G}")
+            require(
                 A <= M * (E // G),
                 f"moe.experts_per_token={A} exceeds the {M * (E // G)} experts of groups_per_token={M} groups",
             )
@@ -184,41 +180,41 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.model_type in MODEL_TYPES,
             f"model_type={self.model_type!r} must be one of {', '.join(MODEL_TYPES)}",
         )
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size"):
-            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
         for f in dataclasses.fields(self.attention):
             value = getattr(self.attention, f.name)
             if type(value) is int:
-                _require(value > 0, f"attention.{f.name}={value} must be positive")
+                require(value > 0, f"attention.{f.name}={value} must be positive")
         rotary = self.attention.rotary_dim
-        _require(rotary % 2 == 0, f"the rotary width {rotary} must be even")
+        require(rotary % 2 == 0, f"the rotary width {rotary} must be even")
         if isinstance(self.attention, GQAConfig):
             H, kv = self.num_heads, self.attention.num_kv_heads
-            _require(H % kv == 0, f"num_heads={H} must be divisible by attention.num_kv_heads={kv}")
+            require(H % kv == 0, f"num_heads={H} must be divisible by attention.num_kv_heads={kv}")
         self._check_layout()
 
     def _check_layout(self) -> None:
         """What each Hugging Face layout can express."""
         kind = self.attention.kind
         wants_mla = self.model_type == "deepseek_v2"
-        _require(
+        require(
             (kind == "mla") == wants_mla,
             f"model_type={self.model_type!r} cannot hold attention.kind={kind!r}",
         )
         layout = "interleaved" if wants_mla else "half"
-        _require(
+        require(
             self.rope.layout == layout,
             f"rope.layout={self.rope.layout!r} must be {layout!r} with model_type={self.model_type!r}",
         )
         if self.model_type in ("llama", "qwen2"):
-            _require(self.moe is None, f"model_type={self.model_type!r} has no experts: moe must be left out")
+            require(self.moe is None, f"model_type={self.model_type!r} has no experts: moe must be left out")
         moe = self.moe
         if self.model_type == "mixtral":
-            _require(
+            require(
                 moe is not None
                 and moe.num_shared_experts == 0
                 and moe.first_dense_layers == 0
@@ -230,13 +226,13 @@ class ModelConfig:
                 "experts as wide as intermediate_size, and neither shared experts nor first dense layers",
             )
         if self.model_type == "deepseek" and moe is not None:
-            _require(
+            require(
                 moe.router == "greedy" and moe.routed_scaling_factor == 1,
                 f"model_type='deepseek' cannot hold moe.router={moe.router!r} with "
                 f"routed_scaling_factor={moe.routed_scaling_factor}, only 'greedy' with 1",
             )
         if isinstance(self.attention, GQAConfig):
-            _require(
+            require(
                 self.attention.qkv_bias == (self.model_type == "qwen2"),
                 f"attention.qkv_bias={self.attention.qkv_bias} does not fit model_type={self.model_type!r}",
             )

@@ -16,11 +16,7 @@ from typing import Any
 from dsv2.config import schema
 from dsv2.config.model import ModelConfig
 from dsv2.config.presets import preset
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+from dsv2.config.schema import require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +32,7 @@ class DataConfig:
     sequence_length: int = 4096
 
     def __post_init__(self) -> None:
-        _require(self.sequence_length > 0, f"data.sequence_length={self.sequence_length} must be positive")
+        require(self.sequence_length > 0, f"data.sequence_length={self.sequence_length} must be positive")
 
 
 _POSITIVE = (
@@ -78,23 +74,23 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             value = getattr(self, name)
-            _require(value > 0, f"train.{name}={value} must be positive")
+            require(value > 0, f"train.{name}={value} must be positive")
         for name in ("warmup_steps", "weight_decay", "expert_balance_alpha", "seed"):
             value = getattr(self, name)
-            _require(value >= 0, f"train.{name}={value} must not be negative")
+            require(value >= 0, f"train.{name}={value} must not be negative")
         for name in ("lr_peak", "decay_factor", "adam_eps"):
             value = getattr(self, name)
             # With adam_eps 0 an expert that no token chose yet would become 0/0.
-            _require(0 < value < math.inf, f"train.{name}={value} must be positive and finite")
+            require(0 < value < math.inf, f"train.{name}={value} must be positive and finite")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"train.{name}={value} must be in [0, 1)")
+            require(0 <= value < 1, f"train.{name}={value} must be in [0, 1)")
         micro = self.micro_batch_sequences
-        _require(
+        require(
             micro is None or (micro > 0 and self.batch_sequences % micro == 0),
             f"train.batch_sequences={self.batch_sequences} must be a multiple of micro_batch_sequences={micro}",
         )
-        _require(
+        require(
             list(self.decay_at) == sorted(self.decay_at) and all(0 < d <= 1 for d in self.decay_at),
             f"train.decay_at={list(self.decay_at)} must rise within (0, 1]",
         )
@@ -133,7 +129,7 @@ def pretrain_from_dict(data: dict[str, Any], where: str = "recipe") -> PretrainC
     if isinstance(model, dict) and "preset" in model:
         model = dict(model)
         name = model.pop("preset")
-        _require(isinstance(name, str), f"{where}.model.preset must be str, got {name!r}")
+        require(isinstance(name, str), f"{where}.model.preset must be str, got {name!r}")
         data["model"] = schema.merge(preset(name).to_dict(), model)
     return schema.from_dict(PretrainConfig, data, where)
 

@@ -14,6 +14,12 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 T = TypeVar("T")
 
 
+def require(condition: bool, message: str) -> None:
+    """ValueError with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
 def unknown_key_error(key: str, known: Iterable[str], where: str) -> ValueError:
     """The one error for a key that nobody knows: names it, its place, and the nearest known key."""
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)

@@ -72,11 +72,9 @@ def generate(
         for index, logits_W in zip(running, logits_BW, strict=True):
             token = sample(logits_W, sampling, generators[index])
             outputs[index].append(token)
-            new[index] = [token]
+            new[index] = [] if token in stops else [token]
             if on_token is not None:
                 on_token(index, token)
-            if token in stops:
-                new[index] = []
         running = [index for index in running if new[index]]
         if not running:
             break

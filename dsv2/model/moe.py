@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv2.config import ModelConfig, MoEConfig
+from dsv2.model.balance import rows_by_expert
 from dsv2.model.context import Context, Routing
 from dsv2.model.layers import SwiGLU
 
@@ -87,8 +88,7 @@ class Experts(nn.Module):
         expert_M = experts_TA.flatten()
         order_M = expert_M.argsort(stable=True)
         inverse_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(T * A, device=h_TD.device))
-        counts_E = (expert_M[:, None] == torch.arange(len(self.down_proj), device=h_TD.device)).sum(0)
-        ends_E = counts_E.cumsum(0).to(torch.int32)
+        ends_E = rows_by_expert(experts_TA, len(self.down_proj)).cumsum(0).to(torch.int32)
         rows_MD = _Permute.apply(h_TD.repeat_interleave(A, dim=0), order_M, inverse_M)
         out_MD = _Permute.apply(self._swiglu(rows_MD, ends_E), inverse_M, order_M)
         return (out_MD.unflatten(0, (T, A)).float() * gates_TA[:, :, None]).sum(1).to(h_TD.dtype)
