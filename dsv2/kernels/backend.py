@@ -1,0 +1,69 @@
+"""Which implementation a room runs, and the checks that all rooms share. The only switch of the package."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+MINIMUM_CAPABILITY = (8, 0)
+"""bf16 matrix instructions and asynchronous copies to shared memory."""
+
+HOPPER = (9, 0)
+"""Where kernels written for warp-group matrix instructions and the bulk copy engine run: exactly this capability."""
+
+log = logging.getLogger("dsv2.kernels")
+
+
+def use_kernel(x: Tensor) -> bool:
+    """Whether a tensor like x goes to the kernel (a GPU that can run it) or to the reference (everything else).
+
+    The environment variable DSV2_KERNELS=reference sends everything to the reference.
+    """
+    if x.device.type != "cuda":
+        return False
+    choice = os.environ.get("DSV2_KERNELS", "auto")
+    if choice not in ("auto", "reference"):
+        raise ValueError(f"DSV2_KERNELS={choice!r} must be 'auto' or 'reference'")
+    return choice == "auto" and is_supported(x.device)
+
+
+@functools.cache
+def is_supported(device: torch.device) -> bool:
+    """Whether the GPU is new enough; where it is not, one line says so, once."""
+    found = capability(device)
+    if found >= MINIMUM_CAPABILITY:
+        return True
+    log.warning(
+        "%s has compute capability %d.%d; dsv2's kernels need %d.%d, so the reference implementations run",
+        torch.cuda.get_device_name(device),
+        *found,
+        *MINIMUM_CAPABILITY,
+    )
+    return False
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
+    if x.dtype not in allowed:
+        expected = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise ValueError(f"{name} is {str(x.dtype).removeprefix('torch.')}, expected {expected}")
+
+
+def check_shape(name: str, x: Tensor, *expected: int | None) -> None:
+    """`None` stands for any size."""
+    if x.dim() != len(expected) or any(e is not None and e != s for s, e in zip(x.shape, expected, strict=True)):
+        wanted = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({wanted})")
+
+
+def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}: expected one device")
