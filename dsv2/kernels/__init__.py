@@ -2,5 +2,6 @@
 
 `__init__.py` is the public function, its contract and its dispatch; `reference.py` is plain torch that reads like the
 paper and runs anywhere; `kernel.py` is Triton or Gluon behind a torch.library operator; `cases.py` holds inputs and
-counted work, which the parity tests and the benchmark runner walk. Tensors in, tensors out: nothing here knows a model.
+counted work, which the parity tests and the benchmark runner walk. A room may add `hopper.py`, Gluon for one GPU
+generation, where Triton leaves speed on the table. Tensors in, tensors out: nothing here knows a model.
 """

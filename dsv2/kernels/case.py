@@ -41,7 +41,7 @@ Inputs = Callable[[Maker], dict[str, Any]]
 class Case:
     """One set of inputs for parity tests: small and hostile.
 
-    `function` is the room's function where it has several (else: the room's name). `gradients` names the arguments whose
+    `function` is the room's function where it has several (else: its name). `gradients` names the arguments whose
     gradients are compared, `mutated` those that are written in place and compared afterwards. `dtypes` are those in
     which the case runs interpreted on the CPU; on a GPU it runs in `gpu_dtypes`.
     """
@@ -61,7 +61,8 @@ class Benchmark:
 
     `inputs` draws on the GPU itself (shapes are large). `flops` and `bytes` count one call, `backward` times forward
     plus backward with the gradients of `gradients`. `baselines` are functions of the same arguments to run beside it.
-    `target_us` is the time to reach, where there is one.
+    `target_us` is the time to reach, where there is one. `mutated` names the arguments that are written in place, which
+    parity compares afterwards; they must bear being written again by every call that is timed.
     """
 
     name: str
@@ -73,3 +74,4 @@ class Benchmark:
     backward: bool = False
     baselines: dict[str, Callable[..., Any]] = field(default_factory=dict)
     target_us: float | None = None
+    mutated: tuple[str, ...] = ()

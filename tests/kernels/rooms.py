@@ -39,7 +39,7 @@ def run(call: Callable[..., Any], inputs: dict[str, Any], case: Case) -> dict[st
     """Everything that a call tells: outputs by position, mutated arguments, gradients of a fixed random cotangent."""
     leaves = {n: inputs[n].detach().requires_grad_() for n in case.gradients}
     outputs = call(**(inputs | leaves))
-    tensors = [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if isinstance(x, Tensor)]
+    tensors = [outputs] if isinstance(outputs, Tensor) else [x for x in outputs or () if isinstance(x, Tensor)]
     told = {f"output {i}": x.detach() for i, x in enumerate(tensors)}
     told |= {f"{name} after": inputs[name] for name in case.mutated}
     if leaves:
