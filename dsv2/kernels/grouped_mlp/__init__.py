@@ -1,0 +1,87 @@
+"""The routed experts of DeepSeekMoE (DeepSeek-V2 equation 20): sort, gate and up projection, SwiGLU, down, combine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv2.kernels.backend import check_dtype, check_same_device, check_shape, use_kernel
+
+
+def grouped_mlp(
+    x: Tensor,
+    experts: Tensor,
+    gates: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    addend: Tensor | None = None,
+    block_counts: Tensor | None = None,
+) -> Tensor:
+    """addend[t] + sum over a of gates[t, a] * W_down (SiLU(W_gate x[t]) * W_up x[t]), by the matrices of experts[t, a].
+
+    Args:
+        x: [T, D], float32, float16 or bfloat16 (float64 in the reference); rows may be strided.
+        experts: [T, A] int64, each in [0, E).
+        gates: [T, A] float32.
+        gate_up: [E, 2F, D], gate rows before up rows, contiguous; D and F multiples of 8.
+        down: [E, D, F], contiguous.
+        addend: [T, D], the output of the shared experts.
+        block_counts: what `route` counted of these experts, which saves counting again.
+
+    Returns [T, D], combined in fp32 and rounded once. Differentiable in x, gates, gate_up, down and addend. No token is
+    dropped or padded, and the host never waits for the device. Raises ValueError where the arguments do not match.
+    """
+    _check(x, experts, gates, gate_up, down, addend)
+    if not use_kernel(x):
+        from dsv2.kernels.grouped_mlp.reference import grouped_mlp as run
+    else:
+        check_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
+        from dsv2.kernels.grouped_mlp.kernel import grouped_mlp as run
+    return run(x, experts, gates, gate_up, down, addend, block_counts)
+
+
+def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """W_down (SiLU(W_gate x) * W_up x): a dense feed-forward layer, or the shared experts, which are one.
+
+    Args:
+        x: [T, D], float32, float16 or bfloat16 (float64 in the reference); rows may be strided.
+        gate, up: [F, D], contiguous; D and F multiples of 8.
+        down: [D, F], contiguous.
+
+    Returns [T, D]. Differentiable in all. Raises ValueError where the arguments do not match.
+    """
+    check_shape("x", x, None, None)
+    check_shape("gate", gate, None, x.shape[1])
+    check_shape("up", up, *gate.shape)
+    check_shape("down", down, x.shape[1], len(gate))
+    for name, tensor in {"gate": gate, "up": up, "down": down}.items():
+        check_dtype(name, tensor, x.dtype)
+        check_same_device(name, tensor, "x", x)
+    if not use_kernel(x):
+        from dsv2.kernels.grouped_mlp.reference import swiglu_mlp as run
+    else:
+        check_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
+        from dsv2.kernels.grouped_mlp.kernel import swiglu_mlp as run
+    return run(x, gate, up, down)
+
+
+def _check(x: Tensor, experts: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, addend: Tensor | None) -> None:
+    check_shape("x", x, None, None)
+    check_shape("experts", experts, len(x), None)
+    check_dtype("experts", experts, torch.int64)
+    check_shape("gates", gates, *experts.shape)
+    check_shape("down", down, None, x.shape[1], None)
+    E, D, F = down.shape
+    check_shape("gate_up", gate_up, E, 2 * F, D)
+    if D % 8 or F % 8:
+        # Grouped products and bulk copies want rows of whole 16 bytes.
+        raise ValueError(f"x has D={D} channels and down F={F}: both must be multiples of 8")
+    tensors = {"gate_up": gate_up, "down": down} | ({} if addend is None else {"addend": addend})
+    for name, tensor in tensors.items():
+        check_dtype(name, tensor, x.dtype)
+        if name != "addend" and not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}, expected contiguous")
+    if addend is not None:
+        check_shape("addend", addend, *x.shape)
+    for name, tensor in ({"experts": experts, "gates": gates} | tensors).items():
+        check_same_device(name, tensor, "x", x)

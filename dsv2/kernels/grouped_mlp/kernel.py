@@ -1,0 +1,243 @@
+"""grouped_mlp in Triton: gate, up and SwiGLU in one launch, down in another, over rows sorted by expert.
+
+A program owns one block of an expert's output channels and one tile of its rows. It streams the weights through the
+bulk copy engine and gathers its rows itself, so that nothing is padded or copied. Few rows an expert: operands swapped,
+weight rows as the 64-row side of the matrix instruction. Training keeps gate and up for the backward pass and runs
+`grouped_mm` around a fused SwiGLU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dsv2.kernels.permute.kernel import combine_rows, gather_rows, sort_rows
+from dsv2.kernels.swiglu.kernel import swiglu, swiglu_packed
+
+UNSORTED_TOKENS = 4
+"""Up to so many tokens every row is a tile of its own: experts rarely meet, and sorting would cost a launch."""
+
+
+MAX_DENSE_TOKENS = 512
+"""Up to so many tokens a dense layer is a stream of weights, and two launches beat the library's three and SwiGLU's."""
+
+
+class Blocks(NamedTuple):
+    """Tile of one launch: rows, output channels, depth; swapped operands; pipeline stages; warps."""
+
+    BM: int
+    BN: int
+    BK: int
+    swap: bool
+    stages: int
+    warps: int
+
+
+@triton.jit
+def _tile(ends, i_tile, E, BE: tl.constexpr, BM: tl.constexpr):
+    """Expert, first row and end of the expert's rows of a tile; expert >= E: there is no such tile."""
+    o_e = tl.arange(0, BE)
+    m_e = o_e < E
+    b_end = tl.load(ends + o_e, mask=m_e, other=0)
+    b_start = tl.load(ends + o_e - 1, mask=m_e & (o_e > 0), other=0)
+    b_tiles = tl.where(m_e, (b_end - b_start + BM - 1) // BM, 0)
+    e = tl.sum((tl.cumsum(b_tiles, 0) <= i_tile).to(tl.int32))
+    first_tile = tl.sum(tl.where(o_e < e, b_tiles, 0))
+    row0 = tl.sum(tl.where(o_e == e, b_start, 0)) + (i_tile - first_tile) * BM
+    return e, row0, tl.sum(tl.where(o_e == e, b_end, 0))
+
+
+@triton.jit
+def _grouped_linear_kernel(
+    x, w_desc, up_desc, order, experts, ends, y, stride_x, K, N, rows_an_expert, E, A,
+    GATED: tl.constexpr, SORTED: tl.constexpr, GATHER: tl.constexpr, SWAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y[m] = W_e x[source of m], or SiLU(W_e x) * U_e x where GATED; matrices [N, K], `rows_an_expert` rows apart."""
+    i_n = tl.program_id(0)
+    i_tile = tl.program_id(1)
+    if SORTED:
+        e, row0, row_end = _tile(ends, i_tile, E, BE, BM)
+    else:
+        e = tl.load(experts + i_tile).to(tl.int32)
+        row0 = i_tile
+        row_end = i_tile + 1
+    if e < E:
+        o_m = row0 + tl.arange(0, BM)
+        m_m = o_m < row_end
+        source = o_m
+        if GATHER:
+            if SORTED:
+                source = tl.load(order + o_m, mask=m_m, other=0)
+            source = source // A
+        o_k = tl.arange(0, BK)
+        p_x = x + source.to(tl.int64)[:, None] * stride_x + o_k[None, :]
+        w_row = e * rows_an_expert + i_n * BN
+        shape: tl.constexpr = [BN, BM] if SWAP else [BM, BN]
+        b_y = tl.zeros(shape, dtype=tl.float32)
+        b_up = tl.zeros(shape, dtype=tl.float32)
+        for k in tl.range(0, K, BK, num_stages=STAGES):
+            b_x = tl.load(p_x + k, mask=m_m[:, None] & (k + o_k < K)[None, :], other=0.0)
+            b_w = w_desc.load([w_row, k])
+            if SWAP:
+                b_y = tl.dot(b_w, tl.trans(b_x), b_y, input_precision="ieee")
+            else:
+                b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee")
+            if GATED:
+                b_w = up_desc.load([w_row, k])
+                if SWAP:
+                    b_up = tl.dot(b_w, tl.trans(b_x), b_up, input_precision="ieee")
+                else:
+                    b_up = tl.dot(b_x, tl.trans(b_w), b_up, input_precision="ieee")
+        if GATED:
+            b_y = b_y * tl.sigmoid(b_y) * b_up
+        b_out = b_y.to(y.dtype.element_ty)
+        if SWAP:
+            b_out = tl.trans(b_out)
+        o_n = i_n * BN + tl.arange(0, BN)
+        tl.store(y + o_m.to(tl.int64)[:, None] * N + o_n[None, :], b_out, mask=m_m[:, None] & (o_n < N)[None, :])
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    up: Tensor | None,
+    num_rows: int,
+    blocks: Blocks,
+    *,
+    experts: Tensor | None = None,
+    order: Tensor | None = None,
+    ends: Tensor | None = None,
+    gather: bool = False,
+) -> Tensor:
+    """One launch: [num_rows, N] from the rows of x, each through its expert's matrix of `weight` [E, N, K].
+
+    With `up`, of weight's shape and strides: SwiGLU of the two products. With `ends` the rows are sorted; without, row
+    m belongs to experts.flatten()[m]. `gather` reads row m from x[order[m] // A].
+    """
+    E, N, K = weight.shape
+    A = 1 if experts is None else experts.shape[1]
+    y = torch.empty(num_rows, N, dtype=x.dtype, device=x.device)
+    BM, BN, BK, swap, stages, warps = blocks
+    tiles = num_rows if ends is None else min(num_rows, (num_rows + E * (BM - 1)) // BM)
+    if tiles == 0:
+        return y
+    rows_an_expert = weight.stride(0) // K
+    _grouped_linear_kernel[(triton.cdiv(N, BN), tiles)](
+        x, _descriptor(weight, BN, BK), _descriptor(weight if up is None else up, BN, BK), order, experts, ends, y,
+        x.stride(0), K, N, rows_an_expert, E, A, GATED=up is not None, SORTED=ends is not None, GATHER=gather,
+        SWAP=swap, BM=BM, BN=BN, BK=BK, BE=triton.next_power_of_2(E), STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    return y
+
+
+def _descriptor(weight: Tensor, BN: int, BK: int) -> TensorDescriptor:
+    """All matrices below each other; between two of them may lie rows of something else."""
+    E, N, K = weight.shape
+    num_rows = (E - 1) * (weight.stride(0) // K) + N
+    return TensorDescriptor(weight, [num_rows, K], [K, 1], [BN, BK])
+
+
+def blocks_for(num_rows: int, num_experts: int) -> tuple[Blocks, Blocks]:
+    """Tiles of the gated and of the down launch by the mean number of rows an expert; measured on an H100."""
+    mean = num_rows / num_experts
+    if mean <= 6:
+        return Blocks(16, 64, 128, True, 4, 4), Blocks(16, 64, 128, True, 4, 4)
+    if mean <= 12:
+        return Blocks(32, 64, 128, True, 4, 4), Blocks(32, 64, 128, True, 3, 4)
+    if mean <= 24:
+        return Blocks(32, 64, 128, True, 2, 4), Blocks(32, 64, 128, True, 2, 4)
+    if mean <= 64:
+        return Blocks(64, 64, 128, True, 2, 4), Blocks(64, 128, 128, True, 2, 8)
+    return Blocks(128, 128, 64, True, 4, 8), Blocks(128, 256, 64, False, 3, 8)
+
+
+@functools.cache
+def _identity(num_rows: int, device: torch.device) -> Tensor:
+    return torch.arange(num_rows, dtype=torch.int32, device=device)
+
+
+@torch.library.custom_op("dsv2::grouped_mlp", mutates_args=())
+def _inference(
+    x: Tensor,
+    experts: Tensor,
+    gates: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    addend: Tensor | None,
+    block_counts: Tensor | None,
+) -> Tensor:
+    T, A = experts.shape
+    M, E = T * A, len(down)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    gate, up = gate_up.chunk(2, 1)
+    first, second = blocks_for(M, E)
+    if T <= UNSORTED_TOKENS:
+        inverse = _identity(M, x.device)
+        h = _linear(x, gate, up, M, first, experts=experts, gather=True)
+        rows = _linear(h, down, None, M, second, experts=experts)
+    else:
+        order, inverse, ends = sort_rows(experts, E, block_counts)
+        h = _linear(x, gate, up, M, first, experts=experts, order=order, ends=ends, gather=True)
+        rows = _linear(h, down, None, M, second, experts=experts, ends=ends)
+    return combine_rows(rows, inverse, gates, addend)
+
+
+@_inference.register_fake
+def _(x, experts, gates, gate_up, down, addend, block_counts) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("dsv2::swiglu_mlp", mutates_args=())
+def _dense(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """One expert that takes every row once."""
+    T = len(x)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    first, second = blocks_for(T, 1)
+    ends = _all_rows(T, x.device)
+    h = _linear(x, gate[None], up[None], T, first, ends=ends)
+    return _linear(h, down[None], None, T, second, ends=ends)
+
+
+@_dense.register_fake
+def _(x, gate, up, down) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@functools.cache
+def _all_rows(T: int, device: torch.device) -> Tensor:
+    return torch.tensor([T], dtype=torch.int32, device=device)
+
+
+def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    if len(x) > MAX_DENSE_TOKENS or _wants_gradients(x, gate, up, down):
+        return F.linear(swiglu(F.linear(x, gate), F.linear(x, up)), down)
+    return _dense(x, gate, up, down)
+
+
+def _wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def grouped_mlp(
+    x: Tensor,
+    experts: Tensor,
+    gates: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    addend: Tensor | None = None,
+    block_counts: Tensor | None = None,
+) -> Tensor:
+    if not _wants_gradients(x, gates, gate_up, down, addend):
+        return _inference(x, experts, gates, gate_up, down, addend, block_counts)
+    order, inverse, ends = sort_rows(experts, len(down), block_counts)
+    rows = gather_rows(x, order, inverse, experts.shape[1])
+    h = swiglu_packed(F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends))
+    return combine_rows(F.grouped_mm(h, down.transpose(1, 2), offs=ends), inverse, gates, addend)
