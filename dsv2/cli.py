@@ -18,6 +18,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Text into tokenizers and token shards.")
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(no_args_is_help=True, help="Measurements, and the tables made of them.")
+app.add_typer(bench_app, name="bench")
 
 console = Console(soft_wrap=True)
 
@@ -232,3 +234,33 @@ def report(
     target = out or run / "report.html"
     write_report(target, f"Run {run.resolve().name}", run_sections(run))
     console.print(f"wrote {target}", highlight=False)
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    rooms: Annotated[list[str] | None, typer.Argument(help="Rooms under dsv2/kernels; default: all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results as JSON, too.")] = None,
+    commit: Annotated[str, typer.Option(help="Recorded with the results.")] = "unknown",
+    only: Annotated[str, typer.Option(help="Only benchmarks whose name contains this.")] = "",
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, ..., or cpu: references on small inputs.")] = "cuda",
+) -> None:
+    """Every kernel: parity first, then its time beside the card's limits and a baseline. Status 1 if one is wrong."""
+    from dsv2.bench.kernels import is_sound, run
+    from dsv2.bench.table import print_results
+
+    results = run(rooms or (), only=only, device=device, commit=commit, out=out, console=console)
+    print_results(console, results)
+    if not is_sound(results):
+        raise typer.Exit(1)
+
+
+@bench_app.command("table")
+def bench_table(
+    results: Annotated[list[Path], typer.Argument(help="JSON files of `dsv2 bench kernels`.")],
+    out: Annotated[Path, typer.Option(help="Markdown file to write.")],
+) -> None:
+    """Write results as a page with tables, such as docs/kernels.md."""
+    from dsv2.bench.table import write_page
+
+    write_page(results, out)
+    console.print(f"wrote {out}", highlight=False)
