@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGE = 2**22
+"""Elements from which on drawing on the CPU would take longer than what is tested."""
+
 
 @dataclass(frozen=True, slots=True)
 class Maker:
-    """Draws inputs on the CPU, so that every device and dtype gets the same numbers, rounded."""
+    """Draws inputs on the CPU, so that every device and dtype gets the same numbers, rounded; large ones in place."""
 
     device: torch.device
     dtype: torch.dtype
@@ -23,6 +27,11 @@ class Maker:
         return Maker(torch.device(device), dtype, torch.Generator().manual_seed(seed))
 
     def normal(self, *shape: int, std: float = 1.0, mean: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
+        if math.prod(shape) > LARGE and self.device.type != "cpu":
+            seed = int(torch.randint(2**31, (), generator=self.generator))
+            generator = torch.Generator(self.device).manual_seed(seed)
+            x = torch.randn(shape, generator=generator, device=self.device, dtype=dtype or self.dtype)
+            return x.mul_(std).add_(mean)
         x = torch.randn(shape, generator=self.generator) * std + mean
         return x.to(self.device, dtype or self.dtype)
 

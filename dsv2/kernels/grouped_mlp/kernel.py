@@ -25,6 +25,9 @@ UNSORTED_TOKENS = 4
 """Up to so many tokens every row is a tile of its own: experts rarely meet, and sorting would cost a launch."""
 
 
+PERSISTENT_ROWS = 64
+"""From so many rows an expert on, arithmetic is the limit and no longer the weights' bytes."""
+
 MAX_DENSE_TOKENS = 512
 """Up to so many tokens a dense layer is a stream of weights, and two launches beat the library's three and SwiGLU's."""
 
@@ -105,6 +108,63 @@ def _grouped_linear_kernel(
         tl.store(y + o_m.to(tl.int64)[:, None] * N + o_n[None, :], b_out, mask=m_m[:, None] & (o_n < N)[None, :])
 
 
+@triton.jit
+def _tiles_kernel(ends, tiles, E, BE: tl.constexpr, BM: tl.constexpr):
+    """Row 0: how many tiles of BM rows there are; row 1 + i: expert, first row and end of its rows of tile i."""
+    i_e = tl.program_id(0)
+    o_e = tl.arange(0, BE)
+    b_end = tl.load(ends + o_e, mask=o_e < E, other=0)
+    b_start = tl.load(ends + o_e - 1, mask=(o_e < E) & (o_e > 0), other=0)
+    b_tiles = tl.where(o_e < E, (b_end - b_start + BM - 1) // BM, 0)
+    first = tl.sum(tl.where(o_e < i_e, b_tiles, 0))
+    row0 = tl.sum(tl.where(o_e == i_e, b_start, 0))
+    row_end = tl.sum(tl.where(o_e == i_e, b_end, 0))
+    if i_e == 0:
+        tl.store(tiles, tl.sum(b_tiles))
+    for i in range(tl.sum(tl.where(o_e == i_e, b_tiles, 0))):
+        p_tile = tiles + (1 + first + i) * 4
+        tl.store(p_tile, i_e)
+        tl.store(p_tile + 1, row0 + i * BM)
+        tl.store(p_tile + 2, row_end)
+
+
+@triton.jit
+def _grouped_persistent_kernel(
+    x, w_desc, order, tiles, y, stride_x, K, N, A, NUM_PROGRAMS, GATED: tl.constexpr, GATHER: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The same over sorted rows, tile after tile; w_desc: [E * (2), N, K], gate before up where GATED.
+
+    The loops over tiles and depth are one, so that the next tile is on its way while this one is written. Gate and up
+    are one product: with two accumulators the compiler would wait for every matrix instruction.
+    """
+    PARTS: tl.constexpr = 2 if GATED else 1
+    num_n = tl.cdiv(N, BN)
+    total = tl.load(tiles) * num_n
+    o_k = tl.arange(0, BK)
+    for i in tl.range(tl.program_id(0), total, NUM_PROGRAMS, flatten=True, num_stages=STAGES):
+        p_tile = tiles + (1 + i // num_n) * 4
+        i_n = i % num_n
+        e = tl.load(p_tile)
+        o_m = tl.load(p_tile + 1) + tl.arange(0, BM)
+        m_m = o_m < tl.load(p_tile + 2)
+        source = o_m
+        if GATHER:
+            source = tl.load(order + o_m, mask=m_m, other=0) // A
+        p_x = x + source.to(tl.int64)[:, None] * stride_x + o_k[None, :]
+        b_y = tl.zeros([BM, PARTS * BN], dtype=tl.float32)
+        for k in range(0, K, BK):
+            b_x = tl.load(p_x + k, mask=m_m[:, None] & (k + o_k < K)[None, :], other=0.0)
+            b_w = w_desc.load([e * PARTS, i_n * BN, k]).reshape(PARTS * BN, BK)
+            b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee")
+        if GATED:
+            b_gate, b_up = tl.split(b_y.reshape(BM, 2, BN).permute(0, 2, 1))
+            b_y = b_gate * tl.sigmoid(b_gate) * b_up
+        o_n = i_n * BN + tl.arange(0, BN)
+        p_y = y + o_m.to(tl.int64)[:, None] * N + o_n[None, :]
+        tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & (o_n < N)[None, :])
+
+
 def _linear(
     x: Tensor,
     weight: Tensor,
@@ -126,16 +186,42 @@ def _linear(
     A = 1 if experts is None else experts.shape[1]
     y = torch.empty(num_rows, N, dtype=x.dtype, device=x.device)
     BM, BN, BK, swap, stages, warps = blocks
-    tiles = num_rows if ends is None else min(num_rows, (num_rows + E * (BM - 1)) // BM)
-    if tiles == 0:
+    max_tiles = num_rows if ends is None else _max_tiles(num_rows, E, BM)
+    if num_rows == 0:
         return y
     rows_an_expert = weight.stride(0) // K
-    _grouped_linear_kernel[(triton.cdiv(N, BN), tiles)](
+    _grouped_linear_kernel[(triton.cdiv(N, BN), max_tiles)](
         x, _descriptor(weight, BN, BK), _descriptor(weight if up is None else up, BN, BK), order, experts, ends, y,
         x.stride(0), K, N, rows_an_expert, E, A, GATED=up is not None, SORTED=ends is not None, GATHER=gather,
         SWAP=swap, BM=BM, BN=BN, BK=BK, BE=triton.next_power_of_2(E), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return y
+
+
+def _persistent_linear(
+    x: Tensor, weight: Tensor, num_rows: int, gated: bool, ends: Tensor, order: Tensor | None = None, A: int = 1
+) -> Tensor:
+    """The same for many sorted rows an expert: `weight` [E, N or (gated) 2N, K]; with `order` the rows are gathered."""
+    E, width, K = weight.shape
+    parts = 2 if gated else 1
+    N = width // parts
+    BM, BN, BK, stages = 128, 256 // parts, 64, 4 if gated else 3
+    y = torch.empty(num_rows, N, dtype=x.dtype, device=x.device)
+    max_tiles = _max_tiles(num_rows, E, BM)
+    tiles = torch.empty(max_tiles + 1, 4, dtype=torch.int32, device=x.device)
+    _tiles_kernel[(E,)](ends, tiles, E, BE=triton.next_power_of_2(E), BM=BM, num_warps=1)
+    num_programs = min(_num_sms(x.device), max_tiles * triton.cdiv(N, BN))
+    w_desc = TensorDescriptor(weight, [E * parts, N, K], [N * K, K, 1], [parts, BN, BK])
+    _grouped_persistent_kernel[(num_programs,)](
+        x, w_desc, order, tiles, y, x.stride(0), K, N, A, num_programs, GATED=gated, GATHER=order is not None,
+        BM=BM, BN=BN, BK=BK, STAGES=stages, num_warps=8,
+    )  # fmt: skip
+    return y
+
+
+def _max_tiles(num_rows: int, num_experts: int, BM: int) -> int:
+    """However the rows fall: every expert may end with a tile that is not full."""
+    return min(num_rows, (num_rows + num_experts * (BM - 1)) // BM)
 
 
 def _descriptor(weight: Tensor, BN: int, BK: int) -> TensorDescriptor:
@@ -157,6 +243,12 @@ def blocks_for(num_rows: int, num_experts: int) -> tuple[Blocks, Blocks]:
     if mean <= 64:
         return Blocks(64, 64, 128, True, 2, 4), Blocks(64, 128, 128, True, 2, 8)
     return Blocks(128, 128, 64, True, 4, 8), Blocks(128, 256, 64, False, 3, 8)
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    """Of an interpreted run: few, so that a program has several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @functools.cache
@@ -185,8 +277,12 @@ def _inference(
         rows = _linear(h, down, None, M, second, experts=experts)
     else:
         order, inverse, ends = sort_rows(experts, E, block_counts)
-        h = _linear(x, gate, up, M, first, experts=experts, order=order, ends=ends, gather=True)
-        rows = _linear(h, down, None, M, second, experts=experts, ends=ends)
+        if M >= PERSISTENT_ROWS * E:
+            h = _persistent_linear(x, gate_up, M, True, ends, order, A)
+            rows = _persistent_linear(h, down, M, False, ends)
+        else:
+            h = _linear(x, gate, up, M, first, experts=experts, order=order, ends=ends, gather=True)
+            rows = _linear(h, down, None, M, second, experts=experts, ends=ends)
     return combine_rows(rows, inverse, gates, addend)
 
 

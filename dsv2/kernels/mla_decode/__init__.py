@@ -19,6 +19,10 @@ PAGE = 64
 MAX_QUERY_TOKENS = 8
 
 
+OVERHEAD_PAGES = 2
+"""What beginning a sequence costs a program, in pages: queries, the first wait, the output."""
+
+
 class DecodePlan(NamedTuple):
     """How a step's pages are dealt to programs; computed on the device, once a step, for all layers.
 
@@ -32,27 +36,23 @@ class DecodePlan(NamedTuple):
     cut: Tensor
 
 
-def deal(num_rows: int, device: torch.device) -> tuple[int, int]:
-    """Parts that fill the GPU once, and what beginning a sequence costs in pages (queries, first wait, output).
-
-    `num_rows` is heads times query tokens a sequence. Tiles of 64 rows write more.
-    """
+def num_parts(num_rows: int, device: torch.device) -> int:
+    """Parts that fill the GPU once; `num_rows` is heads times query tokens a sequence, in tiles of at most 64."""
     tiles = -(-num_rows // 64)
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(num_sms // max(tiles, 1), 1), 1 if num_rows <= 32 else 5
+    return max(torch.cuda.get_device_properties(device).multi_processor_count // max(tiles, 1), 1)
 
 
-def plan_decode(lengths: Tensor, num_parts: int, overhead_pages: int) -> DecodePlan:
-    """Deal the pages of `lengths` [B] int32 (tokens, the step's own included) to `num_parts` programs, see `deal`."""
+def plan_decode(lengths: Tensor, num_parts: int) -> DecodePlan:
+    """Deal the pages of `lengths` [B] int32 (tokens, the step's own included) to so many parts, see `num_parts`."""
     check_dtype("lengths", lengths, torch.int32)
     check_shape("lengths", lengths, None)
-    if num_parts < 1 or overhead_pages < 0:
-        raise ValueError(f"num_parts={num_parts} must be at least 1 and overhead_pages={overhead_pages} at least 0")
+    if num_parts < 1:
+        raise ValueError(f"num_parts is {num_parts}, expected at least 1")
     if use_kernel(lengths):
         from dsv2.kernels.mla_decode.kernel import plan_decode as run
     else:
         from dsv2.kernels.mla_decode.reference import plan_decode as run
-    return DecodePlan(*run(lengths, num_parts, overhead_pages))
+    return DecodePlan(*run(lengths, num_parts))
 
 
 def mla_decode(
@@ -90,7 +90,7 @@ def mla_decode(
 
     if plan is None:
         T, H, _ = q_latent.shape
-        plan = plan_decode(lengths, *deal(H * (T // max(len(lengths), 1)), q_latent.device))
+        plan = plan_decode(lengths, num_parts(H * (T // max(len(lengths), 1)), q_latent.device))
     return kernel(q_latent, q_rope, cache, page_table, lengths, scale, plan)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dsv2.kernels.case import Benchmark, Case, Inputs, Maker
-from dsv2.kernels.mla_decode import PAGE, deal, plan_decode
+from dsv2.kernels.mla_decode import PAGE, num_parts, plan_decode
 
 HUGE = 2_147_480_000
 """An entry that must not be read."""
@@ -40,18 +40,14 @@ def _inputs(lengths: Sequence[int], H: int, n: int, C: int, R: int, parts: int) 
             "page_table": table.to(maker.device),
             "lengths": lengths_B,
             "scale": (C + R) ** -0.5,
-            "plan": plan_decode(lengths_B, parts, 2),
+            "plan": plan_decode(lengths_B, parts),
         }
 
     return make
 
 
 def _lengths(lengths: Sequence[int], parts: int) -> Inputs:
-    return lambda maker: {
-        "lengths": maker.tensor(list(lengths), torch.int32),
-        "num_parts": parts,
-        "overhead_pages": 5,
-    }
+    return lambda maker: {"lengths": maker.tensor(list(lengths), torch.int32), "num_parts": parts}
 
 
 CASES = (
@@ -116,7 +112,7 @@ def _benchmark(H: int, B: int, S: int, n: int, target_us: float | None) -> Bench
             "page_table": table,
             "lengths": lengths,
             "scale": 192**-0.5,
-            "plan": plan_decode(lengths, *deal(H * n, device)),
+            "plan": plan_decode(lengths, num_parts(H * n, device)),
         }
 
     return Benchmark(

@@ -26,9 +26,6 @@ PAGE = gl.constexpr(64)
 LATENT = gl.constexpr(512)
 ROPE = gl.constexpr(64)
 STAGES = gl.constexpr(2)
-TILE = gl.constexpr(32)
-TILE_STAGES = gl.constexpr(4)
-TILES_A_PAGE = gl.constexpr(2)
 LN2 = gl.constexpr(0.6931471805599453)
 
 
@@ -54,6 +51,17 @@ def _next_page(lengths, table, stride_table, seq, page, limit, end_seq, end_page
 
 
 @gluon.jit
+def _first_page(lengths, table, stride_table, begin_seq, begin_page, end_seq, end_page):
+    """Where the walk begins. The page's id is asked for together with the length that tells whether there is one."""
+    seq, page = begin_seq, begin_page
+    page_id = gl.load(table + seq.to(gl.int64) * stride_table + page, mask=seq <= end_seq, other=0)
+    limit = _num_pages(lengths, seq, end_seq, end_page)
+    if page >= limit:
+        seq, page, limit, page_id = _next_page(lengths, table, stride_table, seq, page - 1, limit, end_seq, end_page)
+    return seq, page, limit, page_id
+
+
+@gluon.jit
 def _load_page(latent_desc, rope_desc, page_id, c_smem, k_smem, bars, stage, pred):
     bar = bars.index(stage)
     mbarrier.expect(bar, PAGE * (LATENT + ROPE) * 2, pred=pred)
@@ -63,10 +71,10 @@ def _load_page(latent_desc, rope_desc, page_id, c_smem, k_smem, bars, stage, pre
 
 
 @gluon.jit
-def _clear_tail(c_smem, num_valid, num_keys: gl.constexpr, num_warps: gl.constexpr):
-    """Zero the rows of a tile past the end: a probability of 0 times NaN would be NaN."""
+def _clear_tail(c_smem, num_valid, num_warps: gl.constexpr):
+    """Zero the rows of a page past the end: a probability of 0 times NaN would be NaN."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
-    m_s = gl.arange(0, num_keys, layout=gl.SliceLayout(1, layout)) < num_valid
+    m_s = gl.arange(0, PAGE, layout=gl.SliceLayout(1, layout)) < num_valid
     for i in gl.static_range(LATENT // 64):
         part = c_smem.slice(i * 64, 64, dim=1)
         part.store(gl.where(m_s[:, None], part.load(layout), 0.0))
@@ -74,24 +82,27 @@ def _clear_tail(c_smem, num_valid, num_keys: gl.constexpr, num_warps: gl.constex
 
 
 @gluon.jit
-def _load_queries(q_c, q_r, stride_ct, stride_ch, stride_rt, stride_rh, first_token, row0, num_rows, H,
-                  qc_smem, qr_smem, ROWS: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [num_warps, 1], [1, 0])
+def _query_part(q, stride_t, stride_h, first_token, row0, num_rows, H, column, ROWS: gl.constexpr, WIDTH: gl.constexpr,
+                layout: gl.constexpr):  # fmt: skip
+    """[ROWS, WIDTH] of the queries of a sequence; row = token * H + head."""
     o_r = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    m_r = o_r < num_rows
-    o_t = first_token.to(gl.int64) + o_r // H
-    o_h = (o_r % H).to(gl.int64)
-    for i in gl.static_range(LATENT // 256):
-        o_c = i * 256 + gl.arange(0, 256, layout=gl.SliceLayout(0, layout))
-        b_q = gl.load(q_c + (o_t * stride_ct + o_h * stride_ch)[:, None] + o_c[None, :], mask=m_r[:, None], other=0.0)
-        qc_smem.slice(i * 256, 256, dim=1).store(b_q)
+    o_q = (first_token.to(gl.int64) + o_r // H) * stride_t + (o_r % H).to(gl.int64) * stride_h
+    o_c = column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+    return gl.load(q + o_q[:, None] + o_c[None, :], mask=(o_r < num_rows)[:, None], other=0.0)
+
+
+@gluon.jit
+def _copy_queries(q_c, q_r, stride_ct, stride_ch, stride_rt, stride_rh, first_token, row0, num_rows, H,
+                  qc_smem, qr_smem, ROWS: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
+    """The queries of a sequence to shared memory, in pieces that fit the registers."""
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [num_warps, 1], [1, 0])
     narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
-    o_r = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, narrow))
-    m_r = o_r < num_rows
-    o_t = first_token.to(gl.int64) + o_r // H
-    o_h = (o_r % H).to(gl.int64)
-    o_c = gl.arange(0, ROPE, layout=gl.SliceLayout(0, narrow))
-    b_q = gl.load(q_r + (o_t * stride_rt + o_h * stride_rh)[:, None] + o_c[None, :], mask=m_r[:, None], other=0.0)
+    for i in gl.static_range(2):
+        b_q = _query_part(
+            q_c, stride_ct, stride_ch, first_token, row0, num_rows, H, i * (LATENT // 2), ROWS, LATENT // 2, wide
+        )
+        qc_smem.slice(i * (LATENT // 2), LATENT // 2, dim=1).store(b_q)
+    b_q = _query_part(q_r, stride_rt, stride_rh, first_token, row0, num_rows, H, 0, ROWS, ROPE, narrow)
     qr_smem.store(b_q)
     fence_async_shared()
 
@@ -146,14 +157,13 @@ def _mla_decode_swapped_kernel(
     o_s = gl.arange(0, PAGE, layout=gl.SliceLayout(1, mma))
     o_r = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(0, mma))
 
+    # Asked for first: behind the pages' loads they would wait for all of those.
+    _copy_queries(q_c, q_r, stride_ct, stride_ch, stride_rt, stride_rh, begin_seq * query_len, row0, num_rows, H,
+                  qc_smem, qr_smem, ROWS, num_warps)  # fmt: skip
     # The walk of the loads runs ahead of the walk of the arithmetic by as many pages as there are stages.
-    l_seq, l_page = begin_seq, begin_page
-    page_id = gl.load(table + l_seq.to(gl.int64) * stride_table + l_page, mask=l_seq <= end_seq, other=0)
-    l_limit = _num_pages(lengths, l_seq, end_seq, end_page)
-    if l_page >= l_limit:
-        l_seq, l_page, l_limit, page_id = _next_page(
-            lengths, table, stride_table, l_seq, l_page - 1, l_limit, end_seq, end_page
-        )
+    l_seq, l_page, l_limit, page_id = _first_page(
+        lengths, table, stride_table, begin_seq, begin_page, end_seq, end_page
+    )
     for i in gl.static_range(STAGES):
         _load_page(latent_desc, rope_desc, page_id, c_smem, k_smem, bars, i, l_seq <= end_seq)
         l_seq, l_page, l_limit, page_id = _next_page(
@@ -166,10 +176,12 @@ def _mla_decode_swapped_kernel(
         first = gl.where(seq == begin_seq, begin_page, 0)
         last = _num_pages(lengths, seq, end_seq, end_page)
         place, is_split = _place(parts, splits, seq, begin_seq)
-        _load_queries(q_c, q_r, stride_ct, stride_ch, stride_rt, stride_rh, seq * query_len, row0, num_rows, H,
-                      qc_smem, qr_smem, ROWS, num_warps)  # fmt: skip
+        if seq != begin_seq:
+            _copy_queries(q_c, q_r, stride_ct, stride_ch, stride_rt, stride_rh, seq * query_len, row0, num_rows, H,
+                          qc_smem, qr_smem, ROWS, num_warps)  # fmt: skip
         # A query token sees itself and what lies before it.
-        b_limit = length - query_len + 1 + o_r // H
+        first_limit = length - query_len + 1
+        b_limit = first_limit + o_r // H
         b_m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(0, mma))
         b_l = gl.zeros([PAGE, ROWS], gl.float32, mma)
         b_y = gl.zeros([LATENT, ROWS], gl.float32, mma)
@@ -180,17 +192,17 @@ def _mla_decode_swapped_kernel(
             b_s = warpgroup_mma(c_smem.index(stage), qc_smem.permute((1, 0)), b_s, use_acc=False, is_async=True)
             b_s = warpgroup_mma(k_smem.index(stage), qr_smem.permute((1, 0)), b_s, is_async=True)
             b_s = warpgroup_mma_wait(0, deps=[b_s])
-            o_k = page * PAGE + o_s
-            b_s = gl.where(o_k[:, None] < b_limit[None, :], b_s * scale_log2, float("-inf"))
+            if (page + 1) * PAGE > first_limit:
+                b_s = gl.where((page * PAGE + o_s)[:, None] < b_limit[None, :], b_s, float("-inf"))
             b_new = gl.maximum(b_m, gl.max(b_s, 0))
-            b_base = gl.where(b_new == float("-inf"), 0.0, b_new)
-            b_alpha = gl.exp2(b_m - b_base)
-            b_p = gl.exp2(b_s - b_base[None, :])
+            b_base = gl.where(b_new == float("-inf"), 0.0, b_new * scale_log2)
+            b_alpha = gl.exp2(b_m * scale_log2 - b_base)
+            b_p = gl.exp2(b_s * scale_log2 - b_base[None, :])
             b_l = b_l * b_alpha[None, :] + b_p
             b_m = b_new
             p_smem.store(b_p.to(gl.bfloat16))
             if (page + 1) * PAGE > length:
-                _clear_tail(c_smem.index(stage), length - page * PAGE, PAGE, num_warps)
+                _clear_tail(c_smem.index(stage), length - page * PAGE, num_warps)
             fence_async_shared()
             b_y = b_y * b_alpha[None, :]
             b_y = warpgroup_mma(c_smem.index(stage).permute((1, 0)), p_smem, b_y, is_async=True)
@@ -205,8 +217,8 @@ def _mla_decode_swapped_kernel(
         # Rows that see nothing have l = 0, y = 0 and m = -inf.
         b_sum = gl.sum(b_l, 0)
         b_sum = gl.where(b_sum > 0, b_sum, 1.0)
-        b_y = b_y / b_sum[None, :]
-        b_lse = b_m + gl.log2(b_sum)
+        b_y = b_y * (1 / b_sum)[None, :]
+        b_lse = b_m * scale_log2 + gl.log2(b_sum)
         store: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1], [2, num_warps // 2], [0, 1])
         o_c = gl.arange(0, LATENT, layout=gl.SliceLayout(1, store))
         o_y = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(0, store))
@@ -220,173 +232,115 @@ def _mla_decode_swapped_kernel(
 
 
 @gluon.jit
-def _tiles(lengths, parts, seq):
-    """First tile and end tile of TILE keys of a sequence in this program's part."""
-    p_part = parts + gl.program_id(0) * 8
-    length = gl.load(lengths + seq)
-    first = gl.where(seq == gl.load(p_part), gl.load(p_part + 1), 0)
-    last = gl.where(seq == gl.load(p_part + 2), gl.load(p_part + 3), (length + PAGE - 1) // PAGE)
-    return first * TILES_A_PAGE, last * TILES_A_PAGE, length
-
-
-@gluon.jit
-def _load_tile(latent_desc, rope_desc, table, lengths, parts, stride_table, seq, tile, limit, page_id, it,
-               c_smem, k_smem, k_full, k_free):  # fmt: skip
-    """Send for the tile at (seq, tile), and step to the next of the part: its place and the id of its page."""
-    end_seq = gl.load(parts + gl.program_id(0) * 8 + 2)
-    bar = k_full.index(it % TILE_STAGES)
-    # Its place held the tile TILE_STAGES before, whose values are read by now or soon.
-    mbarrier.wait(k_free.index(it % TILE_STAGES), (it // TILE_STAGES & 1) ^ 1)
-    row = page_id * PAGE + tile % TILES_A_PAGE * TILE
-    pred = seq <= end_seq
-    mbarrier.expect(bar, TILE * (LATENT + ROPE) * 2, pred=pred)
-    tma.async_copy_global_to_shared(latent_desc, [row, 0], bar, c_smem.index(it % TILE_STAGES), pred=pred)
-    tma.async_copy_global_to_shared(rope_desc, [row, LATENT], bar, k_smem.index(it % TILE_STAGES), pred=pred)
-    tile += 1
-    while (tile >= limit) & (seq < end_seq):
-        seq += 1
-        tile, limit, _ = _tiles(lengths, parts, seq)
-    if tile >= limit:
-        seq = end_seq + 1
-    page_id = gl.load(table + seq.to(gl.int64) * stride_table + tile // TILES_A_PAGE, mask=seq <= end_seq, other=0)
-    return seq, tile, limit, page_id
-
-
-@gluon.jit
-def _send_scores(qc_smem, qr_smem, c_smem, k_smem, it, mma: gl.constexpr):
-    """Begin q K^T of a tile."""
-    ROWS: gl.constexpr = qc_smem.shape[0]
-    b_s = gl.zeros([ROWS, TILE], gl.float32, mma)
-    c_tile = c_smem.index(it % TILE_STAGES).permute((1, 0))
-    b_s = warpgroup_mma(qc_smem, c_tile, b_s, use_acc=False, is_async=True)
-    return warpgroup_mma(qr_smem, k_smem.index(it % TILE_STAGES).permute((1, 0)), b_s, is_async=True)
-
-
-@gluon.jit
-def _hand_over(b_s, b_m, b_l, b_limit, tile, length, it, scale_log2, c_smem, p_smem, alpha_smem, p_full, p_free):
-    """Softmax of a tile's scores, to the warps that gather values; the running maximum and (by key) sum."""
-    mma: gl.constexpr = b_s.type.layout
-    o_s = tile * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(0, mma))
-    b_s = gl.where(o_s[None, :] < b_limit[:, None], b_s * scale_log2, float("-inf"))
-    b_new = gl.maximum(b_m, gl.max(b_s, 1))
-    b_base = gl.where(b_new == float("-inf"), 0.0, b_new)
-    b_alpha = gl.exp2(b_m - b_base)
-    b_p = gl.exp2(b_s - b_base[:, None])
-    side = it % 2
-    mbarrier.wait(p_free.index(side), (it // 2 & 1) ^ 1)
-    p_smem.index(side).store(b_p.to(gl.bfloat16))
-    alpha_smem.index(side).store(b_alpha)
-    if (tile + 1) * TILE > length:
-        _clear_tail(c_smem.index(it % TILE_STAGES), length - tile * TILE, TILE, 4)
-    fence_async_shared()
-    mbarrier.arrive(p_full.index(side), count=1)
-    return b_new, b_l * b_alpha[:, None] + b_p
-
-
-@gluon.jit
 def _scores(
-    q_c, q_r, latent_desc, rope_desc, table, lengths, parts, splits, lse, part_lse,
-    stride_ct, stride_ch, stride_rt, stride_rh, stride_table, H, num_rows, query_len, scale_log2,
-    c_smem, k_smem, qc_smem, qr_smem, p_smem, alpha_smem, sum_smem, k_full, k_free, p_full, p_free, sum_full, sum_free,
+    q_c, q_r, lengths, parts, splits, lse, part_lse, stride_ct, stride_ch, stride_rt, stride_rh, H, num_rows, query_len,
+    scale_log2, c_smem, k_smem, qc_smem, qr_smem, p_smem, alpha_smem, sum_smem,
+    bars, alpha_full, p_full, p_free, sum_full, sum_free,
 ):  # fmt: skip
-    """One warp group: loads, scores and their softmax. Hands over p, and what y is to be rescaled by first."""
+    """One warp group: scores and their softmax. Hands over p, and what y is to be rescaled by first."""
     ROWS: gl.constexpr = qc_smem.shape[0]
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAGE, 16])
     p_part = parts + gl.program_id(0) * 8
     begin_seq = gl.load(p_part)
+    begin_page = gl.load(p_part + 1)
+    end_seq = gl.load(p_part + 2)
+    end_page = gl.load(p_part + 3)
     row0 = gl.program_id(1) * ROWS
     o_r = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
-    end_seq = gl.load(p_part + 2)
-    l_tile, l_limit, _ = _tiles(lengths, parts, begin_seq)
-    l_seq = begin_seq
-    while (l_tile >= l_limit) & (l_seq < end_seq):
-        l_seq += 1
-        l_tile, l_limit, _ = _tiles(lengths, parts, l_seq)
-    if l_tile >= l_limit:
-        l_seq = end_seq + 1
-    p_page = table + l_seq.to(gl.int64) * stride_table + l_tile // TILES_A_PAGE
-    page_id = gl.load(p_page, mask=l_seq <= end_seq, other=0)
-    for i in gl.static_range(TILE_STAGES - 1):
-        l_seq, l_tile, l_limit, page_id = _load_tile(
-            latent_desc, rope_desc, table, lengths, parts, stride_table, l_seq, l_tile, l_limit, page_id, i,
-            c_smem, k_smem, k_full, k_free,
-        )  # fmt: skip
+    o_s = gl.arange(0, PAGE, layout=gl.SliceLayout(0, mma))
     it = gl.to_tensor(0)
     for seq in range(begin_seq, end_seq + 1):
-        first, last, length = _tiles(lengths, parts, seq)
-        _load_queries(q_c, q_r, stride_ct, stride_ch, stride_rt, stride_rh, seq * query_len, row0, num_rows, H,
-                      qc_smem, qr_smem, ROWS, 4)  # fmt: skip
-        # A query token sees itself and what lies before it.
-        b_limit = length - query_len + 1 + o_r // H
-        b_m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, mma))
-        b_l = gl.zeros([ROWS, TILE], gl.float32, mma)
-        if first < last:
-            mbarrier.wait(k_full.index(it % TILE_STAGES), it // TILE_STAGES & 1)
-        b_even = _send_scores(qc_smem, qr_smem, c_smem, k_smem, it, mma)
-        for tile in range(first, last, 2):
-            # The next tile's scores are computed while this one's softmax is; past the last, nobody reads them.
-            b_s = warpgroup_mma_wait(0, deps=[b_even])
-            mbarrier.wait(k_full.index((it + 1) % TILE_STAGES), (it + 1) // TILE_STAGES & 1)
-            b_odd = _send_scores(qc_smem, qr_smem, c_smem, k_smem, it + 1, mma)
-            b_m, b_l = _hand_over(b_s, b_m, b_l, b_limit, tile, length, it, scale_log2,
-                                  c_smem, p_smem, alpha_smem, p_full, p_free)  # fmt: skip
-            l_seq, l_tile, l_limit, page_id = _load_tile(
-                latent_desc, rope_desc, table, lengths, parts, stride_table, l_seq, l_tile, l_limit, page_id,
-                it + TILE_STAGES - 1, c_smem, k_smem, k_full, k_free,
-            )  # fmt: skip
-            b_s = warpgroup_mma_wait(0, deps=[b_odd])
-            if tile + 2 < last:
-                mbarrier.wait(k_full.index((it + 2) % TILE_STAGES), (it + 2) // TILE_STAGES & 1)
-            b_even = _send_scores(qc_smem, qr_smem, c_smem, k_smem, it + 2, mma)
-            b_m, b_l = _hand_over(b_s, b_m, b_l, b_limit, tile + 1, length, it + 1, scale_log2,
-                                  c_smem, p_smem, alpha_smem, p_full, p_free)  # fmt: skip
-            l_seq, l_tile, l_limit, page_id = _load_tile(
-                latent_desc, rope_desc, table, lengths, parts, stride_table, l_seq, l_tile, l_limit, page_id,
-                it + TILE_STAGES, c_smem, k_smem, k_full, k_free,
-            )  # fmt: skip
-            it += 2
-        warpgroup_mma_wait(0, deps=[b_even])
-        # Rows that see nothing have l = 0, y = 0 and m = -inf.
-        b_sum = gl.sum(b_l, 1)
-        b_sum = gl.where(b_sum > 0, b_sum, 1.0)
-        b_lse = b_m + gl.log2(b_sum)
-        mbarrier.wait(sum_free, (seq - begin_seq & 1) ^ 1)
-        sum_smem.store(b_sum)
-        mbarrier.arrive(sum_full, count=1)
+        length = gl.load(lengths + seq)
+        first = gl.where(seq == begin_seq, begin_page, 0)
+        last = _num_pages(lengths, seq, end_seq, end_page)
         place, is_split = _place(parts, splits, seq, begin_seq)
-        _store_lse(lse, part_lse, b_lse, o_r, place, is_split, num_rows)
+        if seq != begin_seq:
+            _copy_queries(q_c, q_r, stride_ct, stride_ch, stride_rt, stride_rh, seq * query_len, row0, num_rows, H,
+                          qc_smem, qr_smem, ROWS, 4)  # fmt: skip
+        # A query token sees itself and what lies before it.
+        first_limit = length - query_len + 1
+        b_limit = first_limit + o_r // H
+        b_m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, mma))
+        b_l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, mma))
+        for page in range(first, last):
+            stage = it % STAGES
+            mbarrier.wait(bars.index(stage), it // STAGES & 1)
+            b_s = gl.zeros([ROWS, PAGE], gl.float32, mma)
+            b_s = warpgroup_mma(qc_smem, c_smem.index(stage).permute((1, 0)), b_s, use_acc=False, is_async=True)
+            b_s = warpgroup_mma(qr_smem, k_smem.index(stage).permute((1, 0)), b_s, is_async=True)
+            b_s = warpgroup_mma_wait(0, deps=[b_s])
+            if (page + 1) * PAGE > first_limit:
+                b_s = gl.where((page * PAGE + o_s)[None, :] < b_limit[:, None], b_s, float("-inf"))
+            b_new = gl.maximum(b_m, gl.max(b_s, 1))
+            b_base = gl.where(b_new == float("-inf"), 0.0, b_new * scale_log2)
+            b_alpha = gl.exp2(b_m * scale_log2 - b_base)
+            alpha_smem.index(stage).store(b_alpha)
+            mbarrier.arrive(alpha_full, count=1)
+            b_p = gl.exp2(b_s * scale_log2 - b_base[:, None])
+            mbarrier.wait(p_free, (it & 1) ^ 1)
+            p_smem.store(b_p.to(gl.bfloat16))
+            if (page + 1) * PAGE > length:
+                _clear_tail(c_smem.index(stage), length - page * PAGE, 4)
+            fence_async_shared()
+            mbarrier.arrive(p_full, count=1)
+            b_l = b_l * b_alpha + gl.sum(b_p, 1)
+            b_m = b_new
+            it += 1
+        # Rows that see nothing have l = 0, y = 0 and m = -inf.
+        b_l = gl.where(b_l > 0, b_l, 1.0)
+        mbarrier.wait(sum_free, (seq - begin_seq & 1) ^ 1)
+        sum_smem.store(b_l)
+        mbarrier.arrive(sum_full, count=1)
+        _store_lse(lse, part_lse, b_m * scale_log2 + gl.log2(b_l), o_r, place, is_split, num_rows)
 
 
 @gluon.jit
 def _values(
-    lengths, parts, splits, out, part_out, num_rows, c_smem, p_smem, alpha_smem, sum_smem,
-    k_free, p_full, p_free, sum_full, sum_free,
+    latent_desc, rope_desc, table, lengths, parts, splits, out, part_out, stride_table, num_rows,
+    c_smem, k_smem, p_smem, alpha_smem, sum_smem, bars, alpha_full, p_full, p_free, sum_full, sum_free,
 ):  # fmt: skip
-    """Two warp groups: y, [ROWS, LATENT] in registers, 256 channels each."""
-    ROWS: gl.constexpr = p_smem.shape[1]
+    """Two warp groups: y, [ROWS, LATENT] in registers, 256 channels each; a page's place is filled anew once read."""
+    ROWS: gl.constexpr = p_smem.shape[0]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, LATENT // 2, 16])
     p_part = parts + gl.program_id(0) * 8
     begin_seq = gl.load(p_part)
+    begin_page = gl.load(p_part + 1)
+    end_seq = gl.load(p_part + 2)
+    end_page = gl.load(p_part + 3)
     o_r = gl.program_id(1) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
     o_c = gl.arange(0, LATENT, layout=gl.SliceLayout(0, mma))
     m_r = (o_r < num_rows)[:, None]
+    l_seq, l_page, l_limit, page_id = _first_page(
+        lengths, table, stride_table, begin_seq, begin_page, end_seq, end_page
+    )
+    for i in gl.static_range(STAGES):
+        _load_page(latent_desc, rope_desc, page_id, c_smem, k_smem, bars, i, l_seq <= end_seq)
+        l_seq, l_page, l_limit, page_id = _next_page(
+            lengths, table, stride_table, l_seq, l_page, l_limit, end_seq, end_page
+        )
+
     it = gl.to_tensor(0)
-    for seq in range(begin_seq, gl.load(p_part + 2) + 1):
-        first, last, _ = _tiles(lengths, parts, seq)
+    for seq in range(begin_seq, end_seq + 1):
+        first = gl.where(seq == begin_seq, begin_page, 0)
+        last = _num_pages(lengths, seq, end_seq, end_page)
+        place, is_split = _place(parts, splits, seq, begin_seq)
         b_y = gl.zeros([ROWS, LATENT], gl.float32, mma)
         for _ in range(first, last):
-            side = it % 2
-            mbarrier.wait(p_full.index(side), it // 2 & 1)
-            b_y = b_y * alpha_smem.index(side).load(gl.SliceLayout(1, mma))[:, None]
-            b_y = warpgroup_mma(p_smem.index(side), c_smem.index(it % TILE_STAGES), b_y, is_async=True)
+            stage = it % STAGES
+            mbarrier.wait(alpha_full, it & 1)
+            b_y = b_y * alpha_smem.index(stage).load(gl.SliceLayout(1, mma))[:, None]
+            mbarrier.wait(p_full, it & 1)
+            b_y = warpgroup_mma(p_smem, c_smem.index(stage), b_y, is_async=True)
             b_y = warpgroup_mma_wait(0, deps=[b_y])
-            mbarrier.arrive(p_free.index(side), count=1)
-            mbarrier.arrive(k_free.index(it % TILE_STAGES), count=1)
+            mbarrier.arrive(p_free, count=1)
+            _load_page(latent_desc, rope_desc, page_id, c_smem, k_smem, bars, stage, l_seq <= end_seq)
+            l_seq, l_page, l_limit, page_id = _next_page(
+                lengths, table, stride_table, l_seq, l_page, l_limit, end_seq, end_page
+            )
             it += 1
         mbarrier.wait(sum_full, seq - begin_seq & 1)
-        b_y = b_y / sum_smem.load(gl.SliceLayout(1, mma))[:, None]
+        b_y = b_y * (1 / sum_smem.load(gl.SliceLayout(1, mma)))[:, None]
         mbarrier.arrive(sum_free, count=1)
-        place, is_split = _place(parts, splits, seq, begin_seq)
         o_y = (place * num_rows + o_r)[:, None] * LATENT + o_c[None, :]
         if is_split:
             gl.store(part_out + o_y, b_y, mask=m_r)
@@ -399,42 +353,44 @@ def _mla_decode_kernel(
     q_c, q_r, latent_desc, rope_desc, table, lengths, parts, splits, out, lse, part_out, part_lse,
     stride_ct, stride_ch, stride_rt, stride_rh, stride_table, H, num_rows, query_len, scale_log2, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of 64 query rows: four warps load and make scores, eight gather values of the tile before, at once."""
+    """Tiles of 64 query rows: four warps make scores while eight gather the values of the tile before, and load."""
     gdc_wait()
     gdc_launch_dependents()
     kv_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    p_layout: gl.constexpr = gl.NVMMASharedLayout(TILE * 2, 16, rank=2)
     row_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar_layout: gl.constexpr = mbarrier.MBarrierLayout()
-    c_smem = gl.allocate_shared_memory(gl.bfloat16, [TILE_STAGES, TILE, LATENT], kv_layout)
-    k_smem = gl.allocate_shared_memory(gl.bfloat16, [TILE_STAGES, TILE, ROPE], kv_layout)
+    c_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, PAGE, LATENT], kv_layout)
+    k_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, PAGE, ROPE], kv_layout)
     qc_smem = gl.allocate_shared_memory(gl.bfloat16, [ROWS, LATENT], kv_layout)
     qr_smem = gl.allocate_shared_memory(gl.bfloat16, [ROWS, ROPE], kv_layout)
-    p_smem = gl.allocate_shared_memory(gl.bfloat16, [2, ROWS, TILE], p_layout)
-    alpha_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], row_layout)
+    p_smem = gl.allocate_shared_memory(gl.bfloat16, [ROWS, PAGE], kv_layout)
+    alpha_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], row_layout)
     sum_smem = gl.allocate_shared_memory(gl.float32, [ROWS], row_layout)
-    k_full = gl.allocate_shared_memory(gl.int64, [TILE_STAGES, 1], bar_layout)
-    k_free = gl.allocate_shared_memory(gl.int64, [TILE_STAGES, 1], bar_layout)
-    p_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_layout)
-    p_free = gl.allocate_shared_memory(gl.int64, [2, 1], bar_layout)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
+    alpha_full = gl.allocate_shared_memory(gl.int64, [1], bar_layout)
+    p_full = gl.allocate_shared_memory(gl.int64, [1], bar_layout)
+    p_free = gl.allocate_shared_memory(gl.int64, [1], bar_layout)
     sum_full = gl.allocate_shared_memory(gl.int64, [1], bar_layout)
     sum_free = gl.allocate_shared_memory(gl.int64, [1], bar_layout)
-    for i in gl.static_range(TILE_STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=1)
-    for i in gl.static_range(2):
-        mbarrier.init(p_full.index(i), count=1)
-        mbarrier.init(p_free.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bars.index(i), count=1)
+    mbarrier.init(alpha_full, count=1)
+    mbarrier.init(p_full, count=1)
+    mbarrier.init(p_free, count=1)
     mbarrier.init(sum_full, count=1)
     mbarrier.init(sum_free, count=1)
+    # Asked for first: behind the pages' loads they would wait for all of those.
+    _copy_queries(q_c, q_r, stride_ct, stride_ch, stride_rt, stride_rh,
+                  gl.load(parts + gl.program_id(0) * 8) * query_len, gl.program_id(1) * ROWS, num_rows, H,
+                  qc_smem, qr_smem, ROWS, 4)  # fmt: skip
     gl.warp_specialize(
         [
-            (_scores, (q_c, q_r, latent_desc, rope_desc, table, lengths, parts, splits, lse, part_lse,
-                       stride_ct, stride_ch, stride_rt, stride_rh, stride_table, H, num_rows, query_len, scale_log2,
-                       c_smem, k_smem, qc_smem, qr_smem, p_smem, alpha_smem, sum_smem,
-                       k_full, k_free, p_full, p_free, sum_full, sum_free)),
-            (_values, (lengths, parts, splits, out, part_out, num_rows, c_smem, p_smem, alpha_smem, sum_smem,
-                       k_free, p_full, p_free, sum_full, sum_free)),
+            (_scores, (q_c, q_r, lengths, parts, splits, lse, part_lse, stride_ct, stride_ch, stride_rt, stride_rh, H,
+                       num_rows, query_len, scale_log2, c_smem, k_smem, qc_smem, qr_smem, p_smem, alpha_smem, sum_smem,
+                       bars, alpha_full, p_full, p_free, sum_full, sum_free)),
+            (_values, (latent_desc, rope_desc, table, lengths, parts, splits, out, part_out, stride_table, num_rows,
+                       c_smem, k_smem, p_smem, alpha_smem, sum_smem,
+                       bars, alpha_full, p_full, p_free, sum_full, sum_free)),
         ],
         [8],
         [176],
@@ -444,18 +400,18 @@ def _mla_decode_kernel(
 def walk(grid, tile, q_latent, q_rope, cache, *arguments) -> None:
     """Launch the kernel for tiles of 16, 32 or 64 query rows."""
     if tile == 64:
-        _mla_decode_kernel[grid](q_latent, q_rope, *_descriptors(cache, TILE.value), *arguments, ROWS=tile, num_warps=4)
+        _mla_decode_kernel[grid](q_latent, q_rope, *_descriptors(cache), *arguments, ROWS=tile, num_warps=4)
     else:
         _mla_decode_swapped_kernel[grid](
-            q_latent, q_rope, *_descriptors(cache, PAGE.value), *arguments, ROWS=tile, num_warps=4, launch_pdl=True
+            q_latent, q_rope, *_descriptors(cache), *arguments, ROWS=tile, num_warps=4, launch_pdl=True
         )
 
 
-def _descriptors(cache, num_keys):
-    """For bulk copies of `num_keys` rows: the latent and the rotary columns of the cache as [P * 64, 576]."""
+def _descriptors(cache):
+    """For bulk copies of a page: the latent and the rotary columns of the cache as [P * 64, 576]."""
     layout = gl.NVMMASharedLayout(128, 16, rank=2)
     rows = cache.view(-1, cache.shape[-1])
     return (
-        TensorDescriptor.from_tensor(rows, [num_keys, LATENT.value], layout),
-        TensorDescriptor.from_tensor(rows, [num_keys, ROPE.value], layout),
+        TensorDescriptor.from_tensor(rows, [PAGE.value, LATENT.value], layout),
+        TensorDescriptor.from_tensor(rows, [PAGE.value, ROPE.value], layout),
     )

@@ -12,20 +12,25 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dsv2.kernels.backend import HOPPER, capability
-from dsv2.kernels.mla_decode import PAGE, DecodePlan
+from dsv2.kernels.mla_decode import OVERHEAD_PAGES, PAGE, DecodePlan
 
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _plan_kernel(lengths, parts, splits, cut, B, P, OVERHEAD, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+def _plan_kernel(lengths, parts, splits, cut, B, P, PAGE: tl.constexpr, OVERHEAD: tl.constexpr, BLOCK: tl.constexpr):
     """One program; the same greedy walk as the reference."""
     total = 0
+    longest = 0
     for i in range(0, B, BLOCK):
         o_b = i + tl.arange(0, BLOCK)
         b_pages = (tl.load(lengths + o_b, mask=o_b < B, other=0) + PAGE - 1) // PAGE
         total += tl.sum(tl.where(o_b < B, b_pages + OVERHEAD, 0))
+        longest = tl.maximum(longest, tl.max(b_pages))
     payload = (total + P - 1) // P + OVERHEAD
+    longest += OVERHEAD
+    whole = (payload + longest - 1) // longest * longest
+    payload = tl.where(20 * whole <= 21 * payload, whole, payload)
     seq = 0
     page = 0
     slot = 0
@@ -142,18 +147,18 @@ def _mla_decode_kernel(
 @triton.jit
 def _combine_kernel(
     part_out, part_lse, splits, cut, out, lse, num_rows, num_slots, C,
-    ROWS: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the pieces of one cut sequence, for ROWS rows and BC channels, by their log-sum-exps (base 2)."""
+    # The plan was there before the walk began; the walk's results are awaited.
+    seq = tl.load(cut + tl.program_id(0)).to(tl.int64)
+    first = tl.load(splits + seq, mask=seq >= 0, other=0).to(tl.int64)
+    num = tl.load(splits + seq + 1, mask=seq >= 0, other=0) - first
     if PDL:
         # Launched while the walk still runs, to save the gap between two launches.
         gdc_wait()
         gdc_launch_dependents()
-    seq = tl.load(cut + tl.program_id(0)).to(tl.int64)
     if seq >= 0:
-        first = tl.load(splits + seq).to(tl.int64)
-        num = tl.load(splits + seq + 1) - first
-        o_p = tl.arange(0, BP)
         o_s = tl.arange(0, BS)
         o_c = tl.program_id(2) * BC + tl.arange(0, BC)
         m_c = (o_c < C)[None, :]
@@ -163,18 +168,22 @@ def _combine_kernel(
             # [BS, BC]: the first pieces are on their way while the weights are computed; few cut sequences have more.
             b_part = tl.load(part_out + o_y[:, None] * C + o_c[None, :], mask=(o_s < num)[:, None] & m_c, other=0.0)
             b_w = tl.load(p_lse + o_s, mask=o_s < num, other=float("-inf"))
-            b_lse = tl.load(p_lse + o_p, mask=o_p < num, other=float("-inf"))
-            top = tl.max(b_lse)
+            top = tl.max(b_w)
+            for i in range(BS, num, BS):
+                top = tl.maximum(top, tl.max(tl.load(p_lse + i + o_s, mask=i + o_s < num, other=float("-inf"))))
             base = tl.where(top == float("-inf"), 0.0, top)
-            total = tl.sum(tl.exp2(b_lse - base))
-            total = tl.where(total > 0, total, 1.0)
-            b_y = tl.sum(tl.exp2(b_w - base)[:, None] * b_part, 0)
+            b_w = tl.exp2(b_w - base)
+            b_total = b_w
+            b_y = tl.sum(b_w[:, None] * b_part, 0)
             for i in range(BS, num, BS):
                 m_s = i + o_s < num
-                b_w = tl.load(p_lse + i + o_s, mask=m_s, other=float("-inf"))
+                b_w = tl.exp2(tl.load(p_lse + i + o_s, mask=m_s, other=float("-inf")) - base)
                 o_y += BS * num_rows
                 b_part = tl.load(part_out + o_y[:, None] * C + o_c[None, :], mask=m_s[:, None] & m_c, other=0.0)
-                b_y += tl.sum(tl.exp2(b_w - base)[:, None] * b_part, 0)
+                b_y += tl.sum(b_w[:, None] * b_part, 0)
+                b_total += b_w
+            total = tl.sum(b_total)
+            total = tl.where(total > 0, total, 1.0)
             p_out = out + (seq * num_rows + row) * C + o_c
             tl.store(p_out, (b_y / total).to(out.dtype.element_ty), mask=o_c < C)
             if tl.program_id(2) == 0:
@@ -182,24 +191,24 @@ def _combine_kernel(
 
 
 @torch.library.custom_op("dsv2::mla_decode_plan", mutates_args=())
-def _plan(lengths: Tensor, num_parts: int, overhead_pages: int) -> tuple[Tensor, Tensor, Tensor]:
-    parts, splits, cut = _empty_plan(lengths, num_parts, overhead_pages)
+def _plan(lengths: Tensor, num_parts: int) -> tuple[Tensor, Tensor, Tensor]:
+    parts, splits, cut = _empty_plan(lengths, num_parts)
     _plan_kernel[(1,)](
-        lengths.contiguous(), parts, splits, cut, len(lengths), num_parts, overhead_pages,
-        PAGE=PAGE, BLOCK=128, num_warps=1,
+        lengths.contiguous(), parts, splits, cut, len(lengths), num_parts,
+        PAGE=PAGE, OVERHEAD=OVERHEAD_PAGES, BLOCK=128, num_warps=1,
     )  # fmt: skip
     return parts, splits, cut
 
 
 @_plan.register_fake
-def _empty_plan(lengths: Tensor, num_parts: int, overhead_pages: int) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_plan(lengths: Tensor, num_parts: int) -> tuple[Tensor, Tensor, Tensor]:
     sizes = ((num_parts, 8), (len(lengths) + 1,), (num_parts,))
     parts, splits, cut = (torch.empty(size, dtype=torch.int32, device=lengths.device) for size in sizes)
     return parts, splits, cut
 
 
-def plan_decode(lengths: Tensor, num_parts: int, overhead_pages: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _plan(lengths, num_parts, overhead_pages)
+def plan_decode(lengths: Tensor, num_parts: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _plan(lengths, num_parts)
 
 
 @torch.library.custom_op("dsv2::mla_decode", mutates_args=())
@@ -245,7 +254,7 @@ def _decode(
     pdl = {"PDL": True, "launch_pdl": True} if _is_for_hopper(q_latent, R) else {"PDL": False}
     _combine_kernel[grid](
         part_out, part_lse, splits, cut, out, lse, num_rows, 2 * P, C,
-        ROWS=rows, BP=triton.next_power_of_2(P + 1), BS=BS, BC=BC, num_warps=4, **pdl,
+        ROWS=rows, BS=BS, BC=BC, num_warps=4, **pdl,
     )  # fmt: skip
     return out, lse
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv2.kernels.mla_decode import PAGE
+from dsv2.kernels.mla_decode import OVERHEAD_PAGES, PAGE
 
 
 def mla_decode(
@@ -19,43 +19,54 @@ def mla_decode(
 ) -> tuple[Tensor, Tensor]:
     T, H, C = q_latent.shape
     n = T // max(len(lengths), 1)
-    y_THC = torch.zeros(T, H, C, dtype=q_latent.dtype, device=q_latent.device)
+    q_THX = torch.cat((q_latent, q_rope), -1)
     softmax_dtype = torch.promote_types(q_latent.dtype, torch.float32)
+    y_THC = torch.zeros_like(q_latent)
     lse_TH = torch.full((T, H), float("-inf"), dtype=softmax_dtype, device=q_latent.device)
     for b, S in enumerate(lengths.tolist()):
-        pages = page_table[b, : -(-S // PAGE)].long()
-        c_kv_SC, k_rope_SR = cache[pages].flatten(0, 1)[:S].split((C, cache.shape[-1] - C), -1)
-        for t in range(b * n, (b + 1) * n):
-            visible = S - (b + 1) * n + t + 1
-            if visible < 1:
-                continue
-            scores_HS = q_latent[t] @ c_kv_SC[:visible].T + q_rope[t] @ k_rope_SR[:visible].T
-            scores_HS = scores_HS.to(softmax_dtype) * scale
-            lse_TH[t] = scores_HS.logsumexp(-1)
-            y_THC[t] = scores_HS.softmax(-1).to(cache.dtype) @ c_kv_SC[:visible]
+        if S == 0 or n == 0:
+            continue
+        rows, pages = slice(b * n, (b + 1) * n), page_table[b, : -(-S // PAGE)]
+        kv_SX = cache.index_select(0, pages).flatten(0, 1)[:S]
+        scores_nHS = (q_THX[rows].flatten(0, 1) @ kv_SX.T).to(softmax_dtype).unflatten(0, (n, H)) * scale
+        if n > 1:
+            sees_nS = torch.ones(n, S, dtype=torch.bool, device=cache.device).tril(S - n)
+            scores_nHS = scores_nHS.masked_fill(~sees_nS[:, None], float("-inf"))
+        # Tokens before the sequence's first see nothing: their weights are 0, and so is the sum.
+        top_nH1 = scores_nHS.amax(-1, keepdim=True).clamp(min=torch.finfo(softmax_dtype).min)
+        weights_nHS = (scores_nHS - top_nH1).exp()
+        total_nH1 = weights_nHS.sum(-1, keepdim=True)
+        y_THC[rows] = (weights_nHS / total_nH1.clamp(min=1)).to(cache.dtype) @ kv_SX[:, :C]
+        lse_TH[rows] = (top_nH1 + total_nH1.log()).squeeze(-1)
     return y_THC, lse_TH
 
 
-def plan_decode(lengths: Tensor, num_parts: int, overhead_pages: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill part after part, each up to the same cost in pages; beginning a sequence costs `overhead_pages` more."""
+def plan_decode(lengths: Tensor, num_parts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill part after part, each up to the same cost in pages; beginning a sequence costs OVERHEAD_PAGES more.
+
+    Where parts of whole sequences are at most a twentieth larger, nothing is cut (if all are equally long).
+    """
     pages = [-(-n // PAGE) for n in lengths.tolist()]
-    payload = -(-sum(p + overhead_pages for p in pages) // num_parts) + overhead_pages
+    payload = -(-sum(p + OVERHEAD_PAGES for p in pages) // num_parts) + OVERHEAD_PAGES
+    longest = max(pages, default=0) + OVERHEAD_PAGES
+    whole = -(-payload // longest) * longest
+    payload = whole if 20 * whole <= 21 * payload else payload
     parts, splits, cut = [], [0], []
     seq = page = slot = 0
     for _ in range(num_parts):
         part, room = [seq, page, -1, 0, slot, 0, 0, 0], payload
         while seq < len(pages) and room > 0:
             left = pages[seq] - page
-            if room >= left + overhead_pages:
+            if room >= left + OVERHEAD_PAGES:
                 part[2:4] = seq, pages[seq]
                 if page > 0:
                     slot += 1
                     cut.append(seq)
-                seq, page, room = seq + 1, 0, room - left - overhead_pages
+                seq, page, room = seq + 1, 0, room - left - OVERHEAD_PAGES
                 splits.append(slot)
                 continue
-            if room > overhead_pages:
-                page, slot = page + room - overhead_pages, slot + 1
+            if room > OVERHEAD_PAGES:
+                page, slot = page + room - OVERHEAD_PAGES, slot + 1
                 part[2:4] = seq, page
             room = 0
         parts.append(part if part[2] >= 0 else [0, 0, -1, 0, 0, 0, 0, 0])
