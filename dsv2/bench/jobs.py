@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import dsv2.kernels
+from dsv2.bench import moe_layer
 from dsv2.kernels.case import Benchmark, Case, Maker
 
 
@@ -34,7 +35,8 @@ class Job:
 
 
 def all_rooms() -> list[str]:
-    return sorted(m.name for m in pkgutil.iter_modules(dsv2.kernels.__path__) if m.ispkg)
+    """Of dsv2/kernels; and the MoE layer that several of them make."""
+    return [*sorted(m.name for m in pkgutil.iter_modules(dsv2.kernels.__path__) if m.ispkg), "moe_layer"]
 
 
 def find_jobs(rooms: Sequence[str], only: str, device: torch.device) -> list[Job]:
@@ -54,10 +56,17 @@ def find_jobs(rooms: Sequence[str], only: str, device: torch.device) -> list[Job
 
 
 def _jobs_of(room: str, device: torch.device) -> list[Job]:
+    if room == "moe_layer":
+        # It has no small inputs: nothing to try on the CPU.
+        if device.type != "cuda":
+            return []
+        return [Job(room, b, moe_layer.moe_layer, moe_layer.moe_layer_reference) for b in moe_layer.BENCHMARKS]
     public, reference, cases = (
         importlib.import_module(f"dsv2.kernels.{room}{part}") for part in ("", ".reference", ".cases")
     )
-    benchmarks = cases.BENCHMARKS if device.type == "cuda" else [_small_benchmark(case) for case in cases.CASES]
+    benchmarks = cases.BENCHMARKS
+    if device.type != "cuda":
+        benchmarks = [_small_benchmark(case) for case in cases.CASES if case.dtypes]
     jobs = []
     for b in benchmarks:
         name = b.function or room
