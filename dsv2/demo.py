@@ -45,6 +45,8 @@ class DemoConfig:
     batch_sequences: int = 8
     steps: int = 700
     lr_peak: float = 4e-3
+    kernel_rooms: tuple[str, ...] = ()
+    """Rooms of dsv2/kernels to check and time; none: all."""
     seed: int = 0
 
     @staticmethod
@@ -56,6 +58,7 @@ class DemoConfig:
             vocab_size=1024,
             sequence_length=128,
             steps=150,
+            kernel_rooms=("rms_norm", "route"),
         )
 
     def recipe(self, out: Path, vocab_size: int) -> PretrainConfig:
@@ -264,6 +267,22 @@ def _generate(demo: Demo) -> str:
     return f"{sum(map(len, outputs))} tokens"
 
 
+def _kernels(demo: Demo) -> str:
+    from dsv2.bench.kernels import run
+    from dsv2.device import pick_device
+
+    device = pick_device().type
+    out = demo.out / "kernels.json"
+    rows = run(demo.cfg.kernel_rooms, device=device, out=out, console=demo.console)["rows"]
+    wrong = [
+        row["benchmark"] for row in rows if row.get("parity") != "ok" and not row.get("parity", "").startswith("sk")
+    ]
+    if wrong:
+        raise ValueError(f"{len(wrong)} of {len(rows)} kernel checks failed: {', '.join(wrong[:5])}; see {out}")
+    what = "kernels timed" if device == "cuda" else "inputs through the reference implementations (no GPU)"
+    return f"{len(rows)} {what}, all within their error budgets"
+
+
 def _report(demo: Demo) -> str:
     from dsv2.report import Section, run_sections, samples_section, write_report
 
@@ -274,7 +293,7 @@ def _report(demo: Demo) -> str:
         ("text", "held-out bytes", "model", "xz -9"),
         _score_rows(evaluation),
     )
-    sections = [scores, *run_sections(demo.out / "run"), _cache_section(demo)]
+    sections = [scores, *run_sections(demo.out / "run"), _cache_section(demo), _kernel_section(demo)]
     sections.append(samples_section(demo.read("samples.json")["samples"]))
     path = demo.out / "report.html"
     write_report(path, "A small DeepSeek-V2, start to end", sections)
@@ -298,6 +317,29 @@ def _cache_section(demo: Demo) -> Any:
     return Section("Cache size", note, markup=bar_plot(list(elements), list(elements.values()), "elements a token"))
 
 
+def _kernel_section(demo: Demo) -> Any:
+    """One row a room: how many inputs, the largest error, the slowest."""
+    from dsv2.report import Section
+
+    results = demo.read("kernels.json")
+    by_room: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        by_room.setdefault(row["room"], []).append(row)
+    table = [
+        (
+            room,
+            str(len(rows)),
+            f"{max((e for row in rows for e in row['errors'].values() if e is not None), default=0):.0e}",
+            f"{max(row['us'] for row in rows if 'us' in row):,.0f}",
+        )
+        for room, rows in by_room.items()
+    ]
+    note = (
+        f"{results['card']}: {results['implementation']}. {results['note']} Errors against the reference in more bits."
+    )
+    return Section("Kernels", note, ("operation", "inputs", "largest error", "slowest, us"), table)
+
+
 STAGES = (
     Stage("text", "Read English, Chinese and code", _text),
     Stage("tokenizer", "Train a tokenizer", _tokenizer),
@@ -305,6 +347,7 @@ STAGES = (
     Stage("pretrain", "Pretrain a small DeepSeek-V2", _pretrain),
     Stage("evaluate", "Evaluate on held-out text", _evaluate),
     Stage("generate", "Generate", _generate),
+    Stage("kernels", "Check and time the kernels", _kernels),
     Stage("report", "Write the report", _report),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
