@@ -1,0 +1,146 @@
+"""Inputs for mla_prefill: ragged documents around the block sizes, shared heads, odd widths, views, cached prefixes."""
+
+from __future__ import annotations
+
+from itertools import accumulate, zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dsv2.kernels.case import Benchmark, Case, Inputs, Maker
+from dsv2.kernels.mla_prefill.sdpa import mla_prefill as sdpa
+
+
+def bounds_of(lengths: tuple[int, ...]) -> list[int]:
+    return [0, *accumulate(lengths)]
+
+
+def _inputs(
+    lengths: tuple[int, ...], heads: tuple[int, int], widths: tuple[int, int], prefix: tuple[int, ...] = ()
+) -> Inputs:
+    (H, H_kv), (K, V), T = heads, widths, sum(lengths)
+
+    def make(maker: Maker) -> dict[str, Any]:
+        inputs = {
+            "q": maker.normal(T, H, K),
+            "k": maker.normal(T, H_kv, K),
+            "v": maker.normal(T, H_kv, V),
+            "cu_seqlens": maker.tensor(bounds_of(lengths), torch.int32),
+            "scale": K**-0.5,
+        }
+        if prefix:
+            inputs["k_prefix"] = maker.normal(sum(prefix), H_kv, K)
+            inputs["v_prefix"] = maker.normal(sum(prefix), H_kv, V)
+            inputs["cu_seqlens_prefix"] = maker.tensor(bounds_of(prefix), torch.int32)
+        return inputs
+
+    return make
+
+
+def _views(maker: Maker) -> dict[str, Any]:
+    """Content keys and values as halves of one projection, as MLA has them, amid memory that nobody may read."""
+    lengths, H = (5, 40), 2
+    T = sum(lengths)
+    kv = maker.normal(T, H, 64 + 32)
+    q = maker.normal(T + 2, H, 64 + 8)
+    q[..., 64:] = float("nan")
+    q[0] = q[-1] = float("nan")
+    inputs = {"q": q[1:-1, :, :64], "k": kv[..., :64], "v": kv[..., 64:]}
+    return inputs | {"cu_seqlens": maker.tensor(bounds_of(lengths), torch.int32), "scale": 0.1}
+
+
+def _steep(maker: Maker) -> dict[str, Any]:
+    """Logits of a hundred and more: one key takes all, the others underflow."""
+    inputs = _inputs((70, 3), (1, 1), (16, 16))(maker)
+    return inputs | {"q": inputs["q"] * 8, "scale": 4.0}
+
+
+ALL = ("q", "k", "v")
+WITH_PREFIX = (*ALL, "k_prefix", "v_prefix")
+
+CASES = (
+    Case(name="ragged", inputs=_inputs((64, 0, 1, 63, 65, 2), (2, 2), (48, 32)), gradients=ALL),
+    Case(name="long", inputs=_inputs((130, 259), (1, 1), (48, 32)), gradients=ALL),
+    Case(name="v2", inputs=_inputs((129, 7), (1, 1), (192, 128)), gradients=ALL),
+    Case(name="gqa", inputs=_inputs((33, 140), (4, 2), (32, 32)), gradients=ALL),
+    Case(name="mqa-odd-widths", inputs=_inputs((17, 30), (3, 1), (20, 12)), gradients=ALL),
+    Case(name="views", inputs=_views, gradients=ALL),
+    Case(name="steep", inputs=_steep, gradients=ALL),
+    Case(name="no-rows", inputs=_inputs((0, 0), (2, 2), (48, 32)), gradients=ALL),
+    Case(name="no-documents", inputs=_inputs((), (2, 2), (48, 32))),
+    Case(
+        name="prefix",
+        inputs=_inputs((3, 66, 0, 1), (2, 2), (48, 32), prefix=(129, 1, 5, 0)),
+        gradients=WITH_PREFIX,
+    ),
+    Case(name="prefix-gqa", inputs=_inputs((4, 70), (4, 2), (32, 32), prefix=(0, 200)), gradients=WITH_PREFIX),
+    Case(name="empty-prefix", inputs=_inputs((4, 9), (2, 2), (32, 32), prefix=(0, 0)), gradients=WITH_PREFIX),
+)
+
+
+# 16 heads are V2-Lite's, 128 V2's.
+EQUAL = (4096,) * 4
+RAGGED = (613, 1300, 2048, 77, 900, 3100, 451, 1777, 230, 2500, 1024, 604, 1760)
+PROMPTS = (2048,) * 8
+
+
+def document_by_document(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, bounds: list[int], **_: Any
+) -> Tensor:
+    """What PyTorch offers for ragged documents of these widths: one call each."""
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], set_priority=True):
+        return sdpa(q, k, v, bounds, scale)
+
+
+def _benchmark(
+    name: str,
+    lengths: tuple[int, ...],
+    *,
+    H: int = 16,
+    prefix: tuple[int, ...] = (),
+    backward: bool = False,
+    bounds: bool = True,
+    teraflops: int,
+) -> Benchmark:
+    K, V, T, S = 192, 128, sum(lengths), sum(prefix)
+    pairs = sum(n * (n / 2 + m) for n, m in zip_longest(lengths, prefix, fillvalue=0))
+    flops = 2.0 * H * (K + V) * pairs * (3.5 if backward else 1)
+    # Forward reads q, k, v and writes o; backward reads all of these and do, and writes three gradients.
+    num_bytes = 2.0 * H * ((T * (2 * K + 2 * V) + S * (K + V)) * (3 if backward else 1) + backward * T * V)
+
+    def make(device: torch.device) -> dict[str, Any]:
+        def draw(rows: int, width: int) -> Tensor:
+            return torch.randn(rows, H, width, device=device, dtype=torch.bfloat16)
+
+        def ends(lengths: tuple[int, ...]) -> Tensor:
+            return torch.tensor(bounds_of(lengths), device=device, dtype=torch.int32)
+
+        inputs = {"q": draw(T, K), "k": draw(T, K), "v": draw(T, V), "cu_seqlens": ends(lengths), "scale": K**-0.5}
+        if prefix:
+            inputs |= {"k_prefix": draw(S, K), "v_prefix": draw(S, V), "cu_seqlens_prefix": ends(prefix)}
+        return inputs | ({"bounds": bounds_of(lengths)} if bounds else {})
+
+    return Benchmark(
+        name=name,
+        inputs=make,
+        flops=flops,
+        bytes=num_bytes,
+        gradients=WITH_PREFIX if prefix else ALL,
+        backward=backward,
+        baselines={"torch": document_by_document} if bounds and not prefix else {},
+        target_us=flops / teraflops / 1e6,
+    )
+
+
+BENCHMARKS = (
+    _benchmark("H16-4x4096", EQUAL, teraflops=400),
+    _benchmark("H16-4x4096-backward", EQUAL, backward=True, teraflops=418),
+    _benchmark("H16-4x4096-lengths-unknown-backward", EQUAL, backward=True, bounds=False, teraflops=300),
+    _benchmark("H16-ragged16384", RAGGED, teraflops=350),
+    _benchmark("H16-ragged16384-backward", RAGGED, backward=True, teraflops=280),
+    _benchmark("H16-8x2048", PROMPTS, teraflops=350),
+    _benchmark("H128-2x4096-backward", (4096,) * 2, H=128, backward=True, teraflops=418),
+    _benchmark("H16-2x2048-after-6144", (2048,) * 2, prefix=(6144,) * 2, teraflops=400),
+)
