@@ -28,8 +28,8 @@ UNSORTED_TOKENS = 4
 PERSISTENT_ROWS = 64
 """From so many rows an expert on, arithmetic is the limit and no longer the weights' bytes."""
 
-MAX_DENSE_TOKENS = 512
-"""Up to so many tokens a dense layer is a stream of weights, and two launches beat the library's three and SwiGLU's."""
+MAX_DENSE_TOKENS = 16
+"""Up to so many tokens two launches of ours beat the library's three and SwiGLU's; from 64 tokens on they do not."""
 
 
 class Blocks(NamedTuple):
@@ -231,8 +231,13 @@ def _descriptor(weight: Tensor, BN: int, BK: int) -> TensorDescriptor:
     return TensorDescriptor(weight, [num_rows, K], [K, 1], [BN, BK])
 
 
-def blocks_for(num_rows: int, num_experts: int) -> tuple[Blocks, Blocks]:
-    """Tiles of the gated and of the down launch by the mean number of rows an expert; measured on an H100."""
+def blocks_for(num_rows: int, num_experts: int, dtype: torch.dtype) -> tuple[Blocks, Blocks]:
+    """Tiles of the gated and of the down launch by the mean number of rows an expert; measured on an H100.
+
+    float32 has no matrix instruction of its precision, and half as many numbers fit shared memory: small tiles.
+    """
+    if dtype == torch.float32:
+        return Blocks(32, 64, 32, False, 2, 4), Blocks(32, 64, 32, False, 2, 4)
     mean = num_rows / num_experts
     if mean <= 6:
         return Blocks(16, 64, 128, True, 4, 4), Blocks(16, 64, 128, True, 4, 4)
@@ -270,14 +275,14 @@ def _inference(
     M, E = T * A, len(down)
     x = x if x.stride(-1) == 1 else x.contiguous()
     gate, up = gate_up.chunk(2, 1)
-    first, second = blocks_for(M, E)
+    first, second = blocks_for(M, E, x.dtype)
     if T <= UNSORTED_TOKENS:
         inverse = _identity(M, x.device)
         h = _linear(x, gate, up, M, first, experts=experts, gather=True)
         rows = _linear(h, down, None, M, second, experts=experts)
     else:
         order, inverse, ends = sort_rows(experts, E, block_counts)
-        if M >= PERSISTENT_ROWS * E:
+        if M >= PERSISTENT_ROWS * E and x.dtype != torch.float32:
             h = _persistent_linear(x, gate_up, M, True, ends, order, A)
             rows = _persistent_linear(h, down, M, False, ends)
         else:
@@ -296,7 +301,7 @@ def _dense(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """One expert that takes every row once."""
     T = len(x)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    first, second = blocks_for(T, 1)
+    first, second = blocks_for(T, 1, x.dtype)
     ends = _all_rows(T, x.device)
     h = _linear(x, gate[None], up[None], T, first, ends=ends)
     return _linear(h, down[None], None, T, second, ends=ends)
