@@ -50,7 +50,16 @@ def test_no_held_out_document_was_trained_on(out):
 
 def test_the_report_shows_losses_load_cache_and_samples(out):
     page = (out / "report.html").read_text()
-    for heading in ("Against a compressor", "Training loss", "Held-out bits", "Expert load", "Cache size", "Kernels", "Samples"):
+    headings = (
+        "Against a compressor",
+        "Training loss",
+        "Held-out bits",
+        "Expert load",
+        "Cache size",
+        "Kernels",
+        "Samples",
+    )
+    for heading in headings:
         assert heading in page
     assert page.count("<svg") == 4
     assert "MLA (this model)" in page

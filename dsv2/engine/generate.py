@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv2.kernels.sample import sample
 from dsv2.model import Cache, Transformer
 
 
@@ -48,7 +49,7 @@ def generate(
         stop_ids: ids that end a sequence; None: the model's `eos_token_id`.
         on_token: called with (prompt index, token id) as each is known.
 
-    A sequence samples from a generator of its own, seeded by `sampling.seed` and its index, so that it draws the same
+    A sequence samples from a stream of its own, seeded by `sampling.seed` plus its index, so that it draws the same
     whatever else is in the batch. Raises ValueError for an empty prompt, an id outside the vocabulary, or no tokens
     to make.
     """
@@ -59,18 +60,17 @@ def generate(
         return []
     capacity = max(map(len, prompts)) + max_new_tokens
     cache = Cache(model.cfg, num_slots=len(prompts), capacity=capacity, device=model.device, dtype=model.dtype)
-    generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(prompts))]
     outputs: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
     new = [list(p) for p in prompts]
     for i in range(max_new_tokens):
         tokens_T = torch.tensor([t for rows in new for t in rows], device=model.device)
         context = cache.extend([len(rows) for rows in new], absorb=i > 0 and model.cfg.attention.kind == "mla")
-        last = torch.tensor([s.stop - 1 for s in context.segments], device=model.device)
-        logits_BW = model.logits(model.model(tokens_T, context)[last]).float().cpu()
+        last_B = context.cu_seqlens[1:] - 1
+        logits_BW = model.logits(model.model(tokens_T, context)[last_B])
+        ids_B = draw(logits_BW, sampling, [sampling.seed + index for index in running], step=i)
         new = [[] for _ in prompts]
-        for index, logits_W in zip(running, logits_BW, strict=True):
-            token = sample(logits_W, sampling, generators[index])
+        for index, token in zip(running, ids_B.tolist(), strict=True):
             outputs[index].append(token)
             new[index] = [] if token in stops else [token]
             if on_token is not None:
@@ -81,19 +81,25 @@ def generate(
     return outputs
 
 
-def sample(logits_W: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One id from next-token logits [W] fp32: temperature, then top-k, then top-p (nucleus)."""
+def draw(logits_BW: Tensor, sampling: Sampling, seeds: Sequence[int], step: int) -> Tensor:
+    """One id a row [B] int64: temperature, then top-k, then top-p. A row's noise depends on its seed and step alone."""
     if sampling.temperature == 0:
-        return int(logits_W.argmax())
-    # Differences to the largest, in fp64, stay numbers however small the temperature.
-    probs_W = ((logits_W - logits_W.max()).double() / sampling.temperature).softmax(-1)
-    sorted_W, order_W = probs_W.sort(descending=True, stable=True)
-    if sampling.top_k:
-        sorted_W[sampling.top_k :] = 0
-    if sampling.top_p < 1:
-        # Keep the smallest set whose mass reaches top_p: drop an id once those before it suffice.
-        sorted_W[sorted_W.cumsum(0) - sorted_W >= sampling.top_p * sorted_W.sum()] = 0
-    return int(order_W[torch.multinomial(sorted_W, 1, generator=generator)])
+        return logits_BW.argmax(-1)
+    B, W = logits_BW.shape
+
+    def rows(value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((B,), value, dtype=dtype, device=logits_BW.device)
+
+    ids_B, _ = sample(
+        logits_BW,
+        temperature=rows(sampling.temperature, torch.float32),
+        top_k=rows(min(sampling.top_k, W), torch.int32),
+        top_p=rows(sampling.top_p, torch.float32),
+        min_p=rows(0.0, torch.float32),
+        seed=torch.tensor([seed % 2**63 for seed in seeds], device=logits_BW.device),
+        step=rows(step, torch.int64),
+    )
+    return ids_B
 
 
 def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -24,12 +24,6 @@ def expert_balance_loss(routing: Routing, num_sequences: int) -> Tensor:
     return (f_BE.detach() * P_BE).sum(1).mean()
 
 
-def rows_by_expert(experts_TA: Tensor, num_experts: int) -> Tensor:
-    """How many of the routed rows each expert received, [E] int64; without a host synchronisation."""
-    return (experts_TA.flatten()[:, None] == torch.arange(num_experts, device=experts_TA.device)).sum(0)
-
-
 def expert_load(routing: Routing) -> Tensor:
     """Share of the routed rows that each expert received, [E] fp32; 1/E each when balanced."""
-    E = routing.scores_TE.shape[1]
-    return rows_by_expert(routing.experts_TA, E).float() / max(routing.experts_TA.numel(), 1)
+    return routing.block_counts.sum(0).float() / max(routing.experts_TA.numel(), 1)

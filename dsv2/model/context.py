@@ -1,72 +1,94 @@
 """What a forward step is told besides the weights: which rows belong to which sequence, and what is cached.
 
 Tokens are packed `[T, ...]` everywhere. A training step, a prefill and a decode step differ in their `Context` only.
-This room does not page memory or schedule requests.
+This room does not allocate pages or schedule requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from dsv2.config import ModelConfig
 from dsv2.config.counts import kv_elements_per_token
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Rows `start:stop` of the packed tokens: consecutive tokens of one sequence, after `past` cached ones."""
-
-    start: int
-    stop: int
-    past: int = 0
-    slot: int = 0
-
-    @property
-    def num_new(self) -> int:
-        return self.stop - self.start
+from dsv2.kernels.latent_cache import PAGE_SIZE
+from dsv2.kernels.mla_decode import MAX_QUERY_TOKENS, DecodePlan, num_parts, plan_decode
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What one MoE layer decided: softmax over all experts [T, E] fp32, chosen experts [T, A], gates [T, A] fp32."""
+    """What one MoE layer decided: softmax over all experts [T, E] fp32, chosen experts [T, A], gates [T, A] fp32.
+
+    `block_counts` [blocks, E] int32: how often the tokens of each block chose each expert, see `kernels.route`.
+    """
 
     scores_TE: Tensor
     experts_TA: Tensor
     gates_TA: Tensor
+    block_counts: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Paged:
+    """Where a step lies in a paged cache; slots are page * 64 + offset.
+
+    `layers` hold pages [num_pages, 64, X]. Row t is written to `slots_T`[t] int64. Expanded attention reads the slots
+    `visible_S`: the tokens that were cached before the step, `cu_past` [B + 1] int32 of them by sequence, then the
+    step's own. Absorbed attention reads through `page_table` [B, max_pages] int32 up to `lengths` [B] int32, which have
+    an entry for every sequence, or for every row where sequences have different numbers of rows or too many for the
+    kernel; `plan` deals that work to a GPU, for all layers at once.
+    """
+
+    layers: Sequence[Tensor]
+    slots_T: Tensor
+    visible_S: Tensor
+    cu_past: Tensor
+    page_table: Tensor
+    lengths: Tensor
+    plan: DecodePlan | None
+
+    def write(self, layer: int, rows_TX: Tensor) -> None:
+        self.layers[layer].flatten(0, 1).index_copy_(0, self.slots_T, rows_TX.detach())
+
+    def read(self, layer: int) -> Tensor:
+        """Rows [S, X] of `visible_S`."""
+        return self.layers[layer].flatten(0, 1).index_select(0, self.visible_S)
 
 
 @dataclass(slots=True)
 class Context:
-    """`positions_T` int64; `segments` tile the rows in order. `absorb` selects MLA's absorbed form (section 2.1.2).
+    """Rows bounds[i]:bounds[i + 1] are consecutive tokens of one sequence; `cu_seqlens` int32 has bounds on the device.
 
-    Every MoE layer appends to `routings` where a list is given; balance losses and load statistics read it.
+    `positions_T` int64. `absorb` selects MLA's absorbed form (section 2.1.2). Every MoE layer appends to `routings`
+    where a list is given; balance losses and load statistics read it.
     """
 
     positions_T: Tensor
-    segments: tuple[Segment, ...]
-    cache: Cache | None = None
+    bounds: tuple[int, ...]
+    cu_seqlens: Tensor
     absorb: bool = False
+    paged: Paged | None = None
     routings: list[Routing] | None = field(default=None, repr=False)
 
     @staticmethod
     def packed(cu_seqlens: Sequence[int], device: torch.device | str = "cpu", absorb: bool = False) -> Context:
         """Whole documents side by side: document i is rows cu_seqlens[i]:cu_seqlens[i+1]; none sees another."""
         bounds = [int(b) for b in cu_seqlens]
-        if bounds[:1] != [0] or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+        if bounds[:1] != [0] or any(b < a for a, b in pairwise(bounds)):
             raise ValueError(f"cu_seqlens must start at 0 and never fall, got {bounds[:8]}")
-        spans = [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
-        return Context(_positions([b - a for a, b in spans], [0] * len(spans), device), _segments(spans), None, absorb)
+        counts = [b - a for a, b in pairwise(bounds) if b > a]
+        return _context(counts, _rows(counts, [0] * len(counts))[1], device, absorb)
 
 
 class Cache:
-    """Keys and values of sequences, contiguous per sequence: one tensor [slots, capacity, X] a layer.
+    """Keys and values of sequences in pages of 64 tokens: one tensor [num_pages, 64, X] a layer.
 
     With MLA a token's X elements are the normalised latent (C) and the rotated shared key (R); otherwise its keys
-    and values. `lengths[i]` counts the tokens of slot i.
+    and values. `lengths[i]` counts the tokens of slot i, which lie in the pages `page_table[i]` (on the CPU).
     """
 
     def __init__(
@@ -80,10 +102,11 @@ class Cache:
     ) -> None:
         if num_slots < 1 or capacity < 1:
             raise ValueError(f"cache needs at least one slot and one token, got {num_slots} x {capacity}")
-        width = kv_elements_per_token(cfg) // cfg.num_layers
-        shape = (num_slots, capacity, width)
+        num_pages = num_slots * -(-capacity // PAGE_SIZE)
+        shape = (num_pages, PAGE_SIZE, kv_elements_per_token(cfg) // cfg.num_layers)
         self.layers = [torch.empty(shape, device=device, dtype=dtype) for _ in range(cfg.num_layers)]
-        self.capacity = capacity
+        self.page_table = torch.arange(num_pages, dtype=torch.int32).view(num_slots, -1)
+        self.num_heads, self.capacity = cfg.num_heads, capacity
         self.lengths = [0] * num_slots
 
     @property
@@ -102,35 +125,53 @@ class Cache:
                 raise ValueError(f"slot {slot}: num_new={new} must not be negative")
             if length + new > self.capacity:
                 raise ValueError(f"slot {slot}: {length} + {new} tokens exceed the cache capacity {self.capacity}")
-        spans, past, slots, row = [], [], [], 0
-        for slot, new in enumerate(num_new):
-            if new:
-                spans.append((row, row + new))
-                past.append(self.lengths[slot])
-                slots.append(slot)
-                row += new
-            self.lengths[slot] += new
-        positions = _positions([b - a for a, b in spans], past, self.layers[0].device)
-        return Context(positions, _segments(spans, past, slots), self, absorb)
+        slots = [slot for slot, new in enumerate(num_new) if new]
+        past, counts = [self.lengths[slot] for slot in slots], [num_new[slot] for slot in slots]
+        self.lengths = [length + new for length, new in zip(self.lengths, num_new, strict=True)]
+        return self._step(self.page_table[slots], past, counts, absorb)
 
-    def write(self, layer: int, rows_TX: Tensor, segments: Sequence[Segment]) -> None:
-        """Store the rows of every segment behind what its slot holds."""
-        for s in segments:
-            self.layers[layer][s.slot, s.past : s.past + s.num_new] = rows_TX[s.start : s.stop]
+    def _step(self, table_BP: Tensor, past: list[int], counts: list[int], absorb: bool) -> Context:
+        """`counts` new tokens of sequences that hold `past`. The host computes, the device gets the results."""
+        device = self.layers[0].device
+        sequence_T, positions_T = _rows(counts, past)
+        slots_T = _slots(table_BP, sequence_T, positions_T)
+        lengths_B = torch.tensor(past) + torch.tensor(counts)
+        visible_S, plan = slots_T, None
+        if not absorb:
+            visible_S = torch.cat((_slots(table_BP, *_rows(past, [0] * len(past))), slots_T))
+        elif len(set(counts)) != 1 or counts[0] > MAX_QUERY_TOKENS:
+            # A sequence of its own for every row, whose history ends with the row.
+            table_BP, lengths_B = table_BP[sequence_T], positions_T + 1
+        lengths_B = lengths_B.to(device, torch.int32)
+        if absorb and device.type == "cuda":
+            num_rows = self.num_heads * len(positions_T) // max(len(lengths_B), 1)
+            plan = plan_decode(lengths_B, num_parts(num_rows, device))
+        context = _context(counts, positions_T, device, absorb)
+        context.paged = Paged(
+            layers=self.layers,
+            slots_T=slots_T.to(device),
+            visible_S=visible_S.to(device),
+            cu_past=torch.tensor([0, *accumulate(past)], dtype=torch.int32, device=device),
+            page_table=table_BP.to(device),
+            lengths=lengths_B,
+            plan=plan,
+        )
+        return context
 
-    def read(self, layer: int, segment: Segment) -> Tensor:
-        """Everything that the segment may look at, its own rows included: a view [S, X]."""
-        return self.layers[layer][segment.slot, : segment.past + segment.num_new]
+
+def _context(counts: Sequence[int], positions_T: Tensor, device: torch.device | str, absorb: bool) -> Context:
+    bounds = (0, *accumulate(counts))
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+    return Context(positions_T.to(device), bounds, cu_seqlens, absorb)
 
 
-def _segments(
-    spans: Sequence[tuple[int, int]], past: Sequence[int] | None = None, slots: Sequence[int] | None = None
-) -> tuple[Segment, ...]:
-    past = past or [0] * len(spans)
-    slots = slots or list(range(len(spans)))
-    return tuple(Segment(a, b, p, i) for (a, b), p, i in zip(spans, past, slots, strict=True))
+def _rows(counts: Sequence[int], first: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Sequence and position of every row of counts[i] consecutive tokens of sequence i from first[i] on, int64."""
+    counts_B, first_B = (torch.tensor(x, dtype=torch.int64) for x in (counts, first))
+    sequence_T = torch.arange(len(counts_B)).repeat_interleave(counts_B)
+    shift_B = first_B - (counts_B.cumsum(0) - counts_B)
+    return sequence_T, torch.arange(len(sequence_T)) + shift_B[sequence_T]
 
 
-def _positions(lengths: Sequence[int], starts: Sequence[int], device: torch.device | str) -> Tensor:
-    pieces = [torch.arange(s, s + n) for n, s in zip(lengths, starts, strict=True)]
-    return torch.cat(pieces).to(device) if pieces else torch.empty(0, dtype=torch.int64, device=device)
+def _slots(table_BP: Tensor, sequence_T: Tensor, positions_T: Tensor) -> Tensor:
+    return table_BP[sequence_T, positions_T // PAGE_SIZE].long() * PAGE_SIZE + positions_T % PAGE_SIZE

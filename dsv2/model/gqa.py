@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from dsv2.config import GQAConfig, ModelConfig
-from dsv2.model.attention import cached_attention, packed_attention
-from dsv2.model.context import Context, Segment
-from dsv2.model.rope import rotate
+from dsv2.kernels.rope import rope
+from dsv2.model.attention import attention
+from dsv2.model.context import Context
 
 
 class GQA(nn.Module):
@@ -19,7 +19,7 @@ class GQA(nn.Module):
         if not isinstance(cfg.attention, GQAConfig):
             raise ValueError(f"GQA needs attention.kind='gqa', got {cfg.attention.kind!r}")
         self.dims = a = cfg.attention
-        self.layer, self.num_heads, self.rope = layer, cfg.num_heads, cfg.rope
+        self.layer, self.num_heads, self.layout = layer, cfg.num_heads, cfg.rope.layout
         self.scale = a.head_dim**-0.5
         D = cfg.hidden_size
         self.q_proj = nn.Linear(D, cfg.num_heads * a.head_dim, bias=a.qkv_bias)
@@ -29,17 +29,9 @@ class GQA(nn.Module):
 
     def forward(self, h_TD: Tensor, tables: tuple[Tensor, Tensor], context: Context) -> Tensor:
         heads = (-1, self.dims.head_dim)
-        q_THK, k_THK, v_THV = (p(h_TD).unflatten(-1, heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q_THK, k_THK = (rotate(x, tables, self.rope.layout) for x in (q_THK, k_THK))
-        cache = context.cache
-        if cache is None or not context.segments:
-            out_THV = packed_attention(q_THK, k_THK, v_THV, context.segments, self.scale)
-        else:
-            cache.write(self.layer, torch.cat((k_THK.flatten(1), v_THV.flatten(1)), -1), context.segments)
-
-            def keys_values(segment: Segment) -> tuple[Tensor, Tensor]:
-                k_Sx, v_Sx = cache.read(self.layer, segment).chunk(2, -1)
-                return k_Sx.unflatten(-1, heads), v_Sx.unflatten(-1, heads)
-
-            out_THV = cached_attention(q_THK, context.segments, keys_values, self.scale)
-        return self.o_proj(out_THV.flatten(1))
+        q_THK, k_SHK, v_SHV = (p(h_TD).unflatten(-1, heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q_THK, k_SHK = (rope(x, *tables, self.layout) for x in (q_THK, k_SHK))
+        if context.paged is not None:
+            context.paged.write(self.layer, torch.cat((k_SHK.flatten(1), v_SHV.flatten(1)), -1))
+            k_SHK, v_SHV = (x.unflatten(-1, heads) for x in context.paged.read(self.layer).chunk(2, -1))
+        return self.o_proj(attention(q_THK, k_SHK, v_SHV, context, self.scale).flatten(1))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dsv2.kernels.add_rms_norm import add_rms_norm
+from dsv2.kernels.grouped_mlp import swiglu_mlp
+from dsv2.kernels.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -16,9 +19,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        inverse_rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return (x32 * inverse_rms).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
+
+    def of_sum(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of x + delta, and x + delta itself, in one pass; no delta counts as zero."""
+        return (self(x), x) if delta is None else add_rms_norm(x, delta, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -31,4 +36,4 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return swiglu_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)

@@ -1,6 +1,7 @@
-"""Rotary position embedding and its YaRN extension (DeepSeek-V2 sections 2.1.3 and 3.1.4).
+"""Angles of the rotary embedding and their YaRN extension (DeepSeek-V2 sections 2.1.3 and 3.1.4).
 
-The softmax factor of YaRN is not here: it scales whole logits, and belongs to the attention that applies it.
+`kernels.rope` turns by them. The softmax factor of YaRN is not here: it scales whole logits, and belongs to the
+attention that applies it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ def inverse_frequencies(rope: RopeConfig, dim: int, device: torch.device | str =
     periods = rope.theta**exponents
     if rope.yarn is None:
         return 1.0 / periods
-    ramp = _yarn_ramp(rope.yarn, rope.theta, dim).to(device)
+    ramp = _yarn_ramp(rope.yarn, rope.theta, dim, device)
     return (1.0 / periods) * (1.0 - ramp) + (1.0 / (rope.yarn.factor * periods)) * ramp
 
 
-def _yarn_ramp(yarn: YarnConfig, theta: float, dim: int) -> Tensor:
+def _yarn_ramp(yarn: YarnConfig, theta: float, dim: int, device: torch.device | str) -> Tensor:
     """0 for frequencies that turn often enough to be kept, 1 for those to be interpolated. [dim/2]."""
 
     def channel(rotations: float) -> float:
@@ -33,29 +34,10 @@ def _yarn_ramp(yarn: YarnConfig, theta: float, dim: int) -> Tensor:
     low = max(math.floor(channel(yarn.beta_fast)), 0)
     high = min(math.ceil(channel(yarn.beta_slow)), dim - 1)
     width = high - low if high != low else 0.001
-    return ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    return ((torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / width).clamp(0, 1)
 
 
 def rotary_tables(rope: RopeConfig, dim: int, positions_T: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of every position and frequency, times the rotary ratio: two [T, dim/2] fp32."""
     angles = positions_T.float()[:, None] * inverse_frequencies(rope, dim, positions_T.device)
     return angles.cos() * rope.rotary_ratio, angles.sin() * rope.rotary_ratio
-
-
-def rotate(x_THR: Tensor, tables: tuple[Tensor, Tensor], layout: str) -> Tensor:
-    """Rotate the last axis of [T, H, R] by the position of each row, in fp32; the dtype is kept.
-
-    `interleaved` pairs channels (2i, 2i+1), that is complex multiplication by e^(i angle); `half` pairs (i, i + R/2).
-    NOTE: official DeepSeek-V2 weights are interleaved; rotating them as halves is silently wrong.
-    """
-    cos, sin = (t[:, None, :] for t in tables)
-    x = x_THR.float()
-    if layout == "interleaved":
-        a, b = x[..., 0::2], x[..., 1::2]
-        out = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-    elif layout == "half":
-        a, b = x.chunk(2, dim=-1)
-        out = torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
-    else:
-        raise ValueError(f"rope.layout={layout!r} must be 'interleaved' or 'half'")
-    return out.to(x_THR.dtype)

@@ -21,7 +21,10 @@ from dsv2.model.rope import rotary_tables
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or a mixture of experts."""
+    """x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or a mixture of experts.
+
+    Each sum is taken together with the norm that follows it, so a block takes and returns it as x and delta.
+    """
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -33,10 +36,12 @@ class Block(nn.Module):
         else:
             self.mlp = SwiGLU(cfg.hidden_size, cfg.intermediate_size)
 
-    def forward(self, x_TD: Tensor, tables: tuple[Tensor, Tensor], context: Context) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), tables, context)
-        h_TD = self.post_attention_layernorm(x_TD)
-        return x_TD + (self.mlp(h_TD, context) if isinstance(self.mlp, MoE) else self.mlp(h_TD))
+    def forward(
+        self, x_TD: Tensor, delta_TD: Tensor | None, tables: tuple[Tensor, Tensor], context: Context
+    ) -> tuple[Tensor, Tensor]:
+        h_TD, x_TD = self.input_layernorm.of_sum(x_TD, delta_TD)
+        h_TD, x_TD = self.post_attention_layernorm.of_sum(x_TD, self.self_attn(h_TD, tables, context))
+        return x_TD, self.mlp(h_TD, context) if isinstance(self.mlp, MoE) else self.mlp(h_TD)
 
 
 class Decoder(nn.Module):
@@ -51,10 +56,10 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
         tables = rotary_tables(self.rope, self.rotary_dim, context.positions_T)
-        x_TD = self.embed_tokens(tokens_T)
+        x_TD, delta_TD = self.embed_tokens(tokens_T), None
         for layer in self.layers:
-            x_TD = layer(x_TD, tables, context)
-        return self.norm(x_TD)
+            x_TD, delta_TD = layer(x_TD, delta_TD, tables, context)
+        return self.norm.of_sum(x_TD, delta_TD)[0]
 
 
 class Transformer(nn.Module):
@@ -99,19 +104,22 @@ class Transformer(nn.Module):
         self._check(tokens_T, context)
         return self.logits(self.model(tokens_T, context))
 
+    @property
+    def head_weight(self) -> Tensor:
+        """Output projection [W, D]."""
+        return (self.model.embed_tokens if self.cfg.tie_embeddings else self.lm_head).weight
+
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Output projection of normalised hidden states, [T, W]."""
-        head = self.model.embed_tokens if self.cfg.tie_embeddings else self.lm_head
-        return F.linear(hidden_TD, head.weight)
+        return F.linear(hidden_TD, self.head_weight)
 
     def _check(self, tokens_T: Tensor, context: Context) -> None:
         if tokens_T.dim() != 1:
             raise ValueError(f"tokens must be packed [T], got shape {tuple(tokens_T.shape)}")
         if tokens_T.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"tokens must be int64 ids, got {tokens_T.dtype}")
-        rows = context.segments[-1].stop if context.segments else 0
-        if rows != len(tokens_T):
-            raise ValueError(f"the context describes {rows} tokens, got {len(tokens_T)}")
+        if context.bounds[-1] != len(tokens_T):
+            raise ValueError(f"the context describes {context.bounds[-1]} tokens, got {len(tokens_T)}")
         if tokens_T.device.type == "cpu" and len(tokens_T):
             low, high = int(tokens_T.min()), int(tokens_T.max())
             if low < 0 or high >= self.cfg.vocab_size:

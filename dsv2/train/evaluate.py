@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from dsv2.data.batches import IGNORED
 from dsv2.data.shards import TokenShards
+from dsv2.kernels.cross_entropy import cross_entropy
 from dsv2.model import Context, Transformer
-from dsv2.train.step import cross_entropy_sum
 
 
 @dataclass(slots=True)
@@ -94,6 +95,7 @@ def _score_windows(model: Transformer, windows: list[tuple[np.ndarray, np.ndarra
     bounds = np.cumsum([0, *(len(x) for x, _ in windows)])
     tokens_T, targets_T = (torch.from_numpy(np.concatenate(xs)).to(model.device) for xs in zip(*windows, strict=True))
     context = Context.packed(bounds.tolist(), model.device)
-    logits_TW = model(tokens_T, context=context)
-    spans = zip(bounds, bounds[1:], strict=False)
-    return [float(cross_entropy_sum(logits_TW[a:b], targets_T[a:b])) for a, b in spans]
+    hidden_TD = model.model(tokens_T, context)
+    spans = [slice(a, b) for a, b in pairwise(bounds)]
+    sums = [cross_entropy(hidden_TD[s], model.head_weight, targets_T[s], ignore_index=IGNORED) for s in spans]
+    return torch.stack(sums).tolist()

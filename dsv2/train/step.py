@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsv2.config.run import TrainConfig
 from dsv2.data.batches import IGNORED, Batch
+from dsv2.kernels.cross_entropy import cross_entropy
 from dsv2.model import Context, Transformer
 from dsv2.model.balance import expert_balance_loss, expert_load
 
@@ -27,11 +27,6 @@ class StepStats:
     grad_norm: Tensor
     expert_load_LE: Tensor
     """Share of routed rows by MoE layer and expert."""
-
-
-def cross_entropy_sum(logits_TW: Tensor, targets_T: Tensor) -> Tensor:
-    """Sum of -log p(target) in fp32, nats; ignored targets add nothing."""
-    return F.cross_entropy(logits_TW.float(), targets_T, ignore_index=IGNORED, reduction="sum")
 
 
 def train_step(
@@ -54,7 +49,9 @@ def train_step(
         tokens_T, targets_T = (torch.from_numpy(x).to(device) for x in (batch.tokens, batch.targets))
         context = Context.packed(batch.cu_seqlens.tolist(), device)
         context.routings = []
-        ce = cross_entropy_sum(model(tokens_T, context=context), targets_T) / max(num_targets, 1)
+        hidden_TD = model.model(tokens_T, context)
+        ce_sum = cross_entropy(hidden_TD, model.head_weight, targets_T, ignore_index=IGNORED)
+        ce = ce_sum / max(num_targets, 1)
         num_sequences = len(batch.sequence_ids)
         aux = [expert_balance_loss(r, num_sequences) * share for r in context.routings]
         aux_sum = torch.stack(aux).sum() if aux else torch.zeros((), device=device)

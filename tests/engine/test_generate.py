@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from dsv2.engine.generate import Sampling, generate, sample
+from dsv2.engine.generate import Sampling, draw, generate
+from dsv2.kernels.sample.reference import kept
 from dsv2.model import Transformer
 from tests.numerics import SMALL_MODELS, random_model
 
@@ -91,9 +92,8 @@ def test_one_candidate_left_is_greedy(lite, sampling):
 )
 def test_samples_follow_the_distribution(sampling, expected):
     logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
-    generator = torch.Generator().manual_seed(0)
     num = 8000
-    counts = torch.bincount(torch.tensor([sample(logits, sampling, generator) for _ in range(num)]), minlength=4)
+    counts = torch.bincount(draw(logits.expand(num, 4), sampling, range(num), step=0), minlength=4)
     for count, p in zip(counts.tolist(), (e / sum(expected) for e in expected), strict=True):
         assert abs(count / num - p) <= 4 * math.sqrt(p * (1 - p) / num)
 
@@ -166,29 +166,19 @@ def test_the_models_own_eos_ends_a_sequence_unless_told_otherwise(as_tuple):
 @pytest.mark.parametrize("temperature", [1e-5, 1e-40, 1e-300])
 def test_the_coldest_temperatures_are_greedy_and_stay_numbers(temperature):
     logits = torch.tensor([1.0, 3.0, 2.9, -50.0])
-    generator = torch.Generator().manual_seed(0)
-    assert {sample(logits, Sampling(temperature=temperature), generator) for _ in range(20)} == {1}
+    assert draw(logits.expand(20, 4), Sampling(temperature=temperature), range(20), step=0).tolist() == [1] * 20
 
 
-def test_without_top_p_the_longest_tail_can_still_be_drawn(monkeypatch):
+def test_without_top_p_the_longest_tail_can_still_be_drawn():
     # In fp32 the running sum reaches its end long before the last of these.
-    logits = torch.randn(100_000, generator=torch.Generator().manual_seed(0)) * 8
-    seen: list[torch.Tensor] = []
-    multinomial = torch.multinomial
-
-    def spy(weights: torch.Tensor, num_samples: int, *, generator: torch.Generator) -> torch.Tensor:
-        seen.append(weights)
-        return multinomial(weights, num_samples, generator=generator)
-
-    monkeypatch.setattr(torch, "multinomial", spy)
-    sample(logits, Sampling(temperature=1.0), torch.Generator().manual_seed(0))
-    assert (seen[0] > 0).all()
+    logits = torch.randn(1, 100_000, generator=torch.Generator().manual_seed(0)) * 8
+    temperature, top_k, top_p, min_p = (torch.tensor([[x]]) for x in (1.0, 0, 1.0, 0.0))
+    assert kept(logits, temperature, top_k, top_p, min_p).all()
 
 
 def test_top_k_beyond_the_vocabulary_restricts_nothing():
-    logits = torch.zeros(4)
-    generator = torch.Generator().manual_seed(0)
-    assert {sample(logits, Sampling(temperature=1.0, top_k=99), generator) for _ in range(100)} == {0, 1, 2, 3}
+    drawn = draw(torch.zeros(100, 4), Sampling(temperature=1.0, top_k=2**40), range(100), step=0)
+    assert set(drawn.tolist()) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**64])

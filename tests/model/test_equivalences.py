@@ -191,6 +191,35 @@ def test_cached_steps_equal_the_whole_sequence(name: str, form: str, schedule: s
         assert_close(mine, model(tokens))
 
 
+PAGES = [(63, 60, 59), (1, 1, 1), (3, 3, 3), (0, 3, 3), (63, 0, 0)]  # they end before, at and behind a page's end
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["v2", "v2-lite", "llama"])
+def test_pages_may_lie_in_any_order(name: str, form: str) -> None:
+    model = random_model(SMALL_MODELS[name]())
+    sequences = [random_tokens(model.cfg, sum(counts), seed=i) for i, counts in enumerate(zip(*PAGES, strict=True))]
+    cache = poisoned(Cache(model.cfg, num_slots=3, capacity=130))
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    cache.page_table = order.int().view(3, 3)
+    absorb = FORMS[form] if model.cfg.attention.kind == "mla" else [False]
+    for mine, tokens in zip(through_cache(model, cache, sequences, PAGES, absorb), sequences, strict=True):
+        assert_close(mine, model(tokens))
+
+
+@torch.no_grad()
+def test_a_step_writes_its_own_rows_and_nothing_else(model: Transformer) -> None:
+    cache = poisoned(Cache(model.cfg, num_slots=2, capacity=70))
+    model(random_tokens(model.cfg, 67), context=cache.extend([66, 1]))
+    for layer in cache.layers:
+        slots = layer.unflatten(0, (2, 2)).flatten(1, 2)
+        assert slots[0, :66].isfinite().all()
+        assert slots[1, :1].isfinite().all()
+        assert slots[0, 66:].isnan().all()
+        assert slots[1, 1:].isnan().all()
+
+
 @torch.no_grad()
 def test_a_full_cache_refuses_more_tokens_and_stays_as_it_was() -> None:
     cache = Cache(mla_config(), num_slots=2, capacity=4)
@@ -217,14 +246,25 @@ def test_an_empty_cache_is_refused(num_slots: int, capacity: int) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("count", [1, 8])
+def test_steps_of_few_equal_counts_read_the_pages_of_a_sequence_once(count: int) -> None:
+    cache = Cache(mla_config(), num_slots=3, capacity=80)
+    cache.extend([70, 0, 9], absorb=True)
+    paged = cache.extend([count, 0, count], absorb=True).paged
+    assert paged is not None
+    assert paged.lengths.tolist() == [70 + count, 9 + count]
+    assert paged.page_table.tolist() == [[0, 1], [4, 5]]
+
+
+@torch.no_grad()
 def test_mla_caches_the_normalised_latent_and_the_rotated_shared_key() -> None:
     model = random_model(mla_config())
     cache = Cache(model.cfg, num_slots=1, capacity=9)
     model(random_tokens(model.cfg, 9), context=cache.extend([9]))
-    rms = cache.layers[0][0, :, :32].square().mean(-1).sqrt()
+    latents = cache.layers[0][0, :9, :32]
     gain = model.get_parameter("model.layers.0.self_attn.kv_a_layernorm.weight")
-    assert cache.layers[0].shape == (1, 9, 32 + 8)
-    assert_close((cache.layers[0][0, :, :32] / gain).square().mean(-1).sqrt(), torch.ones_like(rms))
+    assert cache.layers[0].shape == (1, 64, 32 + 8)
+    assert_close((latents / gain).square().mean(-1).sqrt(), torch.ones(9))
 
 
 # Limits -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from dsv2.model.context import Routing
 from dsv2.model.moe import Experts, route
 from tests.numerics import GRADIENT_BUDGETS, assert_close, mla_config, random_model, random_tokens, rel_err
 
+NO_COUNTS = torch.empty(0)  # the balance loss counts per sequence by itself
+
 
 def moe_config(**changes: Any) -> MoEConfig:
     fields: dict[str, Any] = {"num_experts": 8, "experts_per_token": 2, "expert_intermediate_size": 16}
@@ -240,7 +242,7 @@ def balanced_routing(num_tokens: int, E: int, A: int) -> Routing:
     """Every expert chosen equally often, equal probabilities."""
     experts_TA = (torch.arange(num_tokens * A) % E).view(num_tokens, A)
     scores_TE = torch.full((num_tokens, E), 1 / E)
-    return Routing(scores_TE, experts_TA, torch.full((num_tokens, A), 1 / E))
+    return Routing(scores_TE, experts_TA, torch.full((num_tokens, A), 1 / E), NO_COUNTS)
 
 
 def by_the_paper(routing: Routing, rows: slice) -> float:
@@ -284,7 +286,7 @@ def test_balance_within_a_batch_does_not_hide_imbalance_within_its_sequences() -
 def test_balance_loss_has_a_gradient_through_the_probabilities_alone() -> None:
     moe = moe_config()
     scores_TE = random_routing(moe, 20).scores_TE.clone().requires_grad_()
-    routing = Routing(scores_TE, scores_TE.detach().topk(2, dim=1).indices, torch.empty(20, 2))
+    routing = Routing(scores_TE, scores_TE.detach().topk(2, dim=1).indices, torch.empty(20, 2), NO_COUNTS)
     expert_balance_loss(routing, 1).backward()
     f_E = torch.bincount(routing.experts_TA.flatten(), minlength=8).double() * 8 / (2 * 20)
     assert scores_TE.grad is not None

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from dsv2.config import ModelConfig, RopeConfig, YarnConfig
+from dsv2.kernels.rope import rope as rotate
 from dsv2.model import Transformer
 from dsv2.model.mla import MLA
-from dsv2.model.rope import inverse_frequencies, rotary_tables, rotate
+from dsv2.model.rope import inverse_frequencies, rotary_tables
 from tests.numerics import BUDGETS, assert_close, rel_err
 
 R = 64  # V2's rotary width
@@ -31,18 +32,18 @@ def test_interleaved_rotation_is_complex_multiplication() -> None:
     unit = torch.polar(torch.ones_like(angles), angles)[:, None]
     expected = torch.view_as_real(torch.view_as_complex(x_THR.double().unflatten(-1, (-1, 2))) * unit).flatten(-2)
     tables = angles.cos().float(), angles.sin().float()
-    assert_close(rotate(x_THR, tables, "interleaved"), expected)
+    assert_close(rotate(x_THR, *tables, "interleaved"), expected)
 
 
 def test_half_rotation_is_the_interleaved_one_on_permuted_channels() -> None:
     x_THR, tables = random_heads(), rotary_tables(RopeConfig(), R, POSITIONS)
     order = torch.cat((torch.arange(0, R, 2), torch.arange(1, R, 2)))
-    assert torch.equal(rotate(x_THR[..., order], tables, "half"), rotate(x_THR, tables, "interleaved")[..., order])
+    assert torch.equal(rotate(x_THR[..., order], *tables, "half"), rotate(x_THR, *tables, "interleaved")[..., order])
 
 
 def test_half_rotation_of_interleaved_channels_is_wrong() -> None:
     x_THR, tables = random_heads(), rotary_tables(RopeConfig(), R, POSITIONS)
-    assert rel_err(rotate(x_THR, tables, "half"), rotate(x_THR, tables, "interleaved")) > 0.1
+    assert rel_err(rotate(x_THR, *tables, "half"), rotate(x_THR, *tables, "interleaved")) > 0.1
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "half"])
@@ -51,7 +52,7 @@ def test_scores_depend_on_the_distance_alone(layout: str) -> None:
 
     def score(i: int, j: int) -> torch.Tensor:
         at_i, at_j = (rotary_tables(RopeConfig(), R, torch.tensor([p])) for p in (i, j))
-        return (rotate(q, at_i, layout).double() * rotate(k, at_j, layout).double()).sum(-1)
+        return (rotate(q, *at_i, layout).double() * rotate(k, *at_j, layout).double()).sum(-1)
 
     assert_close(score(12, 5), score(107, 100))
 
@@ -59,17 +60,17 @@ def test_scores_depend_on_the_distance_alone(layout: str) -> None:
 def test_position_zero_is_not_rotated() -> None:
     x_THR = random_heads()
     tables = rotary_tables(RopeConfig(), R, torch.zeros(len(POSITIONS), dtype=torch.int64))
-    assert torch.equal(rotate(x_THR, tables, "interleaved"), x_THR)
+    assert torch.equal(rotate(x_THR, *tables, "interleaved"), x_THR)
 
 
 def test_rotation_computes_in_fp32_and_keeps_the_dtype() -> None:
     x_THR, tables = random_heads().bfloat16(), rotary_tables(RopeConfig(), R, POSITIONS)
-    assert torch.equal(rotate(x_THR, tables, "interleaved"), rotate(x_THR.float(), tables, "interleaved").bfloat16())
+    assert torch.equal(rotate(x_THR, *tables, "interleaved"), rotate(x_THR.float(), *tables, "interleaved").bfloat16())
 
 
 def test_an_unknown_layout_is_named() -> None:
-    with pytest.raises(ValueError, match="rope.layout='spiral' must be 'interleaved' or 'half'"):
-        rotate(random_heads(), rotary_tables(RopeConfig(), R, POSITIONS), "spiral")
+    with pytest.raises(ValueError, match="layout='spiral' must be 'interleaved' or 'half'"):
+        rotate(random_heads(), *rotary_tables(RopeConfig(), R, POSITIONS), "spiral")
 
 
 # YaRN -------------------------------------------------------------------------------------------------------------

@@ -68,9 +68,9 @@ def mla_prefill(
 def plan(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int] | None, *, has_prefix: bool = False) -> str:
     """Which implementation `mla_prefill` runs: the fastest that can.
 
-    `cudnn-batched`: documents of one length, on Hopper. cuDNN is a quarter faster there than the kernel, but takes 0.1 s
-    to plan each shape that it has not met, so it gets lengths that recur: multiples of 128 in training, of 1024 without
-    gradients. Its gradient of q does not repeat bit for bit: torch.use_deterministic_algorithms keeps it away.
+    `cudnn-batched`: documents of one length, on Hopper. cuDNN is a quarter faster there than the kernel, but takes
+    0.1 s to plan each shape that it has not met, so it gets lengths that recur: multiples of 128 in training, of 1024
+    without gradients. Its gradient of q does not repeat bit for bit: torch.use_deterministic_algorithms keeps it away.
     `triton`: everything else on a GPU in bf16 or fp16; repeats bit for bit.
     `sdpa`: what the kernel cannot take, by PyTorch's choice. `reference`: the same with a prefix or without `bounds`.
     """
