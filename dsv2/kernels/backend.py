@@ -67,3 +67,8 @@ def check_shape(name: str, x: Tensor, *expected: int | None) -> None:
 def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
         raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}: expected one device")
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """What kernels read along the last axis without a stride; a copy only where a view cannot give it."""
+    return x if x.stride(-1) == 1 else x.contiguous()

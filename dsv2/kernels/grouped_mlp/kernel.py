@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dsv2.kernels.backend import unit_stride
 from dsv2.kernels.permute.kernel import combine_rows, gather_rows, sort_rows
 from dsv2.kernels.swiglu.kernel import swiglu, swiglu_packed
 
@@ -273,7 +274,7 @@ def _inference(
 ) -> Tensor:
     T, A = experts.shape
     M, E = T * A, len(down)
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = unit_stride(x)
     gate, up = gate_up.chunk(2, 1)
     first, second = blocks_for(M, E, x.dtype)
     if T <= UNSORTED_TOKENS:
@@ -300,7 +301,7 @@ def _(x, experts, gates, gate_up, down, addend, block_counts) -> Tensor:
 def _dense(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """One expert that takes every row once."""
     T = len(x)
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = unit_stride(x)
     first, second = blocks_for(T, 1, x.dtype)
     ends = _all_rows(T, x.device)
     h = _linear(x, gate[None], up[None], T, first, ends=ends)

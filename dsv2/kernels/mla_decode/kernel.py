@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv2.kernels.backend import HOPPER, capability
+from dsv2.kernels.backend import HOPPER, capability, unit_stride
 from dsv2.kernels.mla_decode import OVERHEAD_PAGES, PAGE, DecodePlan
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -223,7 +223,7 @@ def _decode(
     splits: Tensor,
     cut: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    q_latent, q_rope, page_table = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent, q_rope, page_table))
+    q_latent, q_rope, page_table = (unit_stride(x) for x in (q_latent, q_rope, page_table))
     (T, H, C), R, B = q_latent.shape, q_rope.shape[-1], len(lengths)
     out, lse = _empty_output(q_latent)
     if T == 0:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv2.kernels.backend import unit_stride
 from dsv2.kernels.route import ROUTE_BLOCK
 
 MIN_PROGRAMS = 264
@@ -124,11 +125,6 @@ def _combine_rows_bwd_kernel(
         tl.store(dgates + i_t * A + i_a, tl.sum(b_dy * b_row))
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Unit stride along the last axis; a copy only where a view cannot do it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _piece(T: int, D: int) -> dict[str, int]:
     """How much of a row a program takes: up to 2048 numbers, fewer where few tokens would leave the GPU idle."""
     BD = min(triton.next_power_of_2(D), 2048)
@@ -172,7 +168,7 @@ def _(experts: Tensor, num_experts: int, block_counts: Tensor | None) -> tuple[T
 
 @torch.library.custom_op("dsv2::gather_rows", mutates_args=())
 def _gather(x: Tensor, inverse: Tensor, experts_per_token: int) -> Tensor:
-    x, inverse = _rows(x), inverse.contiguous()
+    x, inverse = unit_stride(x), inverse.contiguous()
     T, D = x.shape
     y = torch.empty(len(inverse), D, dtype=x.dtype, device=x.device)
     if T:
@@ -188,7 +184,7 @@ def _(x: Tensor, inverse: Tensor, experts_per_token: int) -> Tensor:
 
 
 def _sum(rows: Tensor, inverse: Tensor, gates: Tensor | None, addend: Tensor | None, T: int, A: int) -> Tensor:
-    rows, inverse, D = _rows(rows), inverse.contiguous(), rows.shape[1]
+    rows, inverse, D = unit_stride(rows), inverse.contiguous(), rows.shape[1]
     y = torch.empty(T, D, dtype=rows.dtype, device=rows.device)
     if T:
         piece = _piece(T, D)
@@ -210,7 +206,7 @@ def _(dy: Tensor, inverse: Tensor, experts_per_token: int) -> Tensor:
 
 @torch.library.custom_op("dsv2::combine_rows", mutates_args=())
 def _combine(rows: Tensor, inverse: Tensor, gates: Tensor, addend: Tensor | None) -> Tensor:
-    return _sum(rows, inverse, gates.contiguous(), None if addend is None else _rows(addend), *gates.shape)
+    return _sum(rows, inverse, gates.contiguous(), None if addend is None else unit_stride(addend), *gates.shape)
 
 
 @_combine.register_fake
@@ -220,7 +216,7 @@ def _(rows: Tensor, inverse: Tensor, gates: Tensor, addend: Tensor | None) -> Te
 
 @torch.library.custom_op("dsv2::combine_rows_backward", mutates_args=())
 def _combine_backward(dy: Tensor, rows: Tensor, inverse: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
-    dy, rows, inverse, gates = _rows(dy), _rows(rows), inverse.contiguous(), gates.contiguous()
+    dy, rows, inverse, gates = unit_stride(dy), unit_stride(rows), inverse.contiguous(), gates.contiguous()
     (T, A), (M, D) = gates.shape, rows.shape
     drows = torch.empty(M, D, dtype=rows.dtype, device=rows.device)
     dgates = torch.empty(T, A, dtype=torch.float32, device=rows.device)

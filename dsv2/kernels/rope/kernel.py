@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv2.kernels.backend import unit_stride
+
 
 @triton.jit
 def rotate_rows(
@@ -57,7 +59,7 @@ def _rope_kernel(
 
 @torch.library.custom_op("dsv2::rope", mutates_args=())
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str, transposed: bool) -> Tensor:
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = unit_stride(x)
     T, H, R = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():

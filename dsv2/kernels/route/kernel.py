@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv2.kernels.backend import unit_stride
 from dsv2.kernels.route.reference import ROUTE_BLOCK
 
 MAX_EXPERTS = 256
@@ -118,11 +119,6 @@ def _route_bwd_kernel(
     tl.store(dlogits + o_te, b_dlogits, mask=m_te)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Unit stride along the last axis; a copy only where a view cannot do it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _tiles(BE: int, ieee: bool, T: int) -> dict[str, int]:
     """None of these changes a bit: a product adds up its terms in one order, 16 at a time, in every tile."""
     if ieee:
@@ -140,7 +136,7 @@ def _forward(
     h: Tensor, weight: Tensor, experts_per_token: int, num_groups: int, groups_per_token: int, normalize: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    h, weight = _rows(h), _rows(weight)
+    h, weight = unit_stride(h), unit_stride(weight)
     (T, D), E, A = h.shape, len(weight), experts_per_token
     scores = torch.empty(T, E, dtype=torch.float32, device=h.device)
     experts = torch.empty(T, A, dtype=torch.int64, device=h.device)

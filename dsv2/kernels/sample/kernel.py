@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv2.kernels.backend import unit_stride
+
 SEGMENT = 2048
 """Tokens of one program of the first launch."""
 
@@ -337,10 +339,6 @@ def _sample_row_kernel(
     tl.store(log_probs + i_b, tl.where(chosen > float("-inf"), chosen - raw_max - tl.log(raw_sum), chosen))
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @torch.library.custom_op("dsv2::sample", mutates_args=())
 def sample(
     logits: Tensor,
@@ -356,7 +354,7 @@ def sample(
     frequency_penalty: Tensor | None = None,
     repetition_penalty: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    logits = _rows(logits)
+    logits = unit_stride(logits)
     B, W = logits.shape
     S = triton.cdiv(W, SEGMENT)
     ids = torch.empty(B, dtype=torch.int64, device=logits.device)
@@ -368,7 +366,7 @@ def sample(
     parts = torch.empty(B, 5, S, dtype=torch.float32, device=logits.device)
     picks = torch.empty(B, 2, S, dtype=torch.int32, device=logits.device)
     limits = [x.contiguous() for x in (temperature, top_k, top_p, min_p, seed, step)]
-    counts, prompt = (None if x is None else _rows(x) for x in (output_counts, prompt_mask))
+    counts, prompt = (None if x is None else unit_stride(x) for x in (output_counts, prompt_mask))
     penalties = [
         None if x is None else x.contiguous() for x in (presence_penalty, frequency_penalty, repetition_penalty)
     ]

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv2.kernels.backend import unit_stride
+
 
 @triton.jit
 def _swiglu_fwd_kernel(gate, up, y, stride_gate, stride_up, F, BF: tl.constexpr):
@@ -33,10 +35,6 @@ def _swiglu_bwd_kernel(gate, up, dy, dgate, dup, stride_gate, stride_up, stride_
     tl.store(dup + i_t * stride_d + o_f, (b_dy * b_silu).to(dup.dtype.element_ty), mask=m_f)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _launch_forward(gate: Tensor, up: Tensor) -> Tensor:
     T, F = gate.shape
     y = torch.empty(T, F, dtype=gate.dtype, device=gate.device)
@@ -60,7 +58,7 @@ def _launch_backward(gate: Tensor, up: Tensor, dy: Tensor, dgate: Tensor, dup: T
 
 @torch.library.custom_op("dsv2::swiglu", mutates_args=())
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return _launch_forward(_rows(gate), _rows(up))
+    return _launch_forward(unit_stride(gate), unit_stride(up))
 
 
 @_swiglu.register_fake
@@ -71,7 +69,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 @torch.library.custom_op("dsv2::swiglu_backward", mutates_args=())
 def _swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-    _launch_backward(_rows(gate), _rows(up), _rows(dy), dgate, dup)
+    _launch_backward(unit_stride(gate), unit_stride(up), unit_stride(dy), dgate, dup)
     return dgate, dup
 
 
@@ -82,7 +80,7 @@ def _(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("dsv2::swiglu_packed", mutates_args=())
 def _packed(gate_up: Tensor) -> Tensor:
-    return _launch_forward(*_rows(gate_up).chunk(2, -1))
+    return _launch_forward(*unit_stride(gate_up).chunk(2, -1))
 
 
 @_packed.register_fake
@@ -93,7 +91,7 @@ def _(gate_up: Tensor) -> Tensor:
 @torch.library.custom_op("dsv2::swiglu_packed_backward", mutates_args=())
 def _packed_backward(gate_up: Tensor, dy: Tensor) -> Tensor:
     d_gate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-    _launch_backward(*_rows(gate_up).chunk(2, -1), _rows(dy), *d_gate_up.chunk(2, -1))
+    _launch_backward(*unit_stride(gate_up).chunk(2, -1), unit_stride(dy), *d_gate_up.chunk(2, -1))
     return d_gate_up
 
 
