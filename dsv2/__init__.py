@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dsv2.config import ModelConfig
     from dsv2.engine.generate import Sampling, generate
+    from dsv2.engine.llm import LLM
+    from dsv2.engine.sampling import SamplingParams
     from dsv2.model import Transformer
     from dsv2.text import Tokenizer
     from dsv2.weights import load, save
@@ -18,8 +20,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "LLM": "dsv2.engine.llm",
     "ModelConfig": "dsv2.config",
     "Sampling": "dsv2.engine.generate",
+    "SamplingParams": "dsv2.engine.sampling",
     "Tokenizer": "dsv2.text",
     "Transformer": "dsv2.model",
     "generate": "dsv2.engine.generate",
@@ -27,7 +31,7 @@ _HOME = {
     "save": "dsv2.weights",
 }
 
-__all__ = ["ModelConfig", "Sampling", "Tokenizer", "Transformer", "generate", "load", "save"]
+__all__ = ["LLM", "ModelConfig", "Sampling", "SamplingParams", "Tokenizer", "Transformer", "generate", "load", "save"]
 
 
 def __getattr__(name: str) -> Any:

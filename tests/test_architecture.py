@@ -31,7 +31,7 @@ TOP = {"", "cli", "__main__", "demo", "describe", "report", "bench"}
 # Lower, and yet none of their business.
 FORBIDDEN = {"data": {"model", "kernels", "parallel"}, "evals": {"train"}, "serve": {"train"}}
 
-WITHOUT_TORCH = ["dsv2", "dsv2.config", "dsv2.text", "dsv2.data"]
+WITHOUT_TORCH = ["dsv2", "dsv2.config", "dsv2.text", "dsv2.data", "dsv2.engine.scheduler"]
 KERNEL_FILES = {"__init__.py", "reference.py", "kernel.py", "cases.py"}
 
 

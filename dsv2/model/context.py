@@ -83,6 +83,50 @@ class Context:
         counts = [b - a for a, b in pairwise(bounds) if b > a]
         return _context(counts, _rows(counts, [0] * len(counts))[1], device, absorb)
 
+    @staticmethod
+    def cached(
+        layers: Sequence[Tensor],
+        table_BP: Tensor,
+        past: Sequence[int],
+        counts: Sequence[int],
+        num_heads: int,
+        absorb: bool = False,
+    ) -> Context:
+        """A step of counts[i] > 0 new tokens of sequences that have past[i] tokens in the pages `table_BP`[i].
+
+        Args:
+            layers: pages [num_pages, 64, X] of every layer.
+            table_BP: [B, max_pages] int32 on the CPU; entries past a sequence's last token are not looked at.
+            num_heads: of the model, by which a GPU's share of absorbed attention is measured.
+
+        The host computes, the device gets the results.
+        """
+        device = layers[0].device
+        sequence_T, positions_T = _rows(counts, past)
+        slots_T = _slots(table_BP, sequence_T, positions_T)
+        lengths_B = torch.tensor(past) + torch.tensor(counts)
+        visible_S, plan = slots_T, None
+        if not absorb:
+            visible_S = torch.cat((_slots(table_BP, *_rows(past, [0] * len(past))), slots_T))
+        elif len(set(counts)) != 1 or counts[0] > MAX_QUERY_TOKENS:
+            # A sequence of its own for every row, whose history ends with the row.
+            table_BP, lengths_B = table_BP[sequence_T], positions_T + 1
+        lengths_B = lengths_B.to(device, torch.int32)
+        if absorb and device.type == "cuda":
+            num_rows = num_heads * len(positions_T) // max(len(lengths_B), 1)
+            plan = plan_decode(lengths_B, num_parts(num_rows, device))
+        context = _context(counts, positions_T, device, absorb)
+        context.paged = Paged(
+            layers=layers,
+            slots_T=slots_T.to(device),
+            visible_S=visible_S.to(device),
+            cu_past=torch.tensor([0, *accumulate(past)], dtype=torch.int32, device=device),
+            page_table=table_BP.to(device),
+            lengths=lengths_B,
+            plan=plan,
+        )
+        return context
+
 
 class Cache:
     """Keys and values of sequences in pages of 64 tokens: one tensor [num_pages, 64, X] a layer.
@@ -128,35 +172,7 @@ class Cache:
         slots = [slot for slot, new in enumerate(num_new) if new]
         past, counts = [self.lengths[slot] for slot in slots], [num_new[slot] for slot in slots]
         self.lengths = [length + new for length, new in zip(self.lengths, num_new, strict=True)]
-        return self._step(self.page_table[slots], past, counts, absorb)
-
-    def _step(self, table_BP: Tensor, past: list[int], counts: list[int], absorb: bool) -> Context:
-        """`counts` new tokens of sequences that hold `past`. The host computes, the device gets the results."""
-        device = self.layers[0].device
-        sequence_T, positions_T = _rows(counts, past)
-        slots_T = _slots(table_BP, sequence_T, positions_T)
-        lengths_B = torch.tensor(past) + torch.tensor(counts)
-        visible_S, plan = slots_T, None
-        if not absorb:
-            visible_S = torch.cat((_slots(table_BP, *_rows(past, [0] * len(past))), slots_T))
-        elif len(set(counts)) != 1 or counts[0] > MAX_QUERY_TOKENS:
-            # A sequence of its own for every row, whose history ends with the row.
-            table_BP, lengths_B = table_BP[sequence_T], positions_T + 1
-        lengths_B = lengths_B.to(device, torch.int32)
-        if absorb and device.type == "cuda":
-            num_rows = self.num_heads * len(positions_T) // max(len(lengths_B), 1)
-            plan = plan_decode(lengths_B, num_parts(num_rows, device))
-        context = _context(counts, positions_T, device, absorb)
-        context.paged = Paged(
-            layers=self.layers,
-            slots_T=slots_T.to(device),
-            visible_S=visible_S.to(device),
-            cu_past=torch.tensor([0, *accumulate(past)], dtype=torch.int32, device=device),
-            page_table=table_BP.to(device),
-            lengths=lengths_B,
-            plan=plan,
-        )
-        return context
+        return Context.cached(self.layers, self.page_table[slots], past, counts, self.num_heads, absorb)
 
 
 def _context(counts: Sequence[int], positions_T: Tensor, device: torch.device | str, absorb: bool) -> Context:
