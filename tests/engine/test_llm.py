@@ -23,7 +23,7 @@ from dsv2.text import Tokenizer, encode_chat
 from tests.numerics import SMALL_MODELS, random_model
 
 KINDS = ["v2", "v2-lite", "llama", "mixtral"]
-NUM_HISTORIES = 8
+NUM_HISTORIES = 5
 NUM_TOKENS = 70
 SHORT = [[5, 6, 7], [9], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)

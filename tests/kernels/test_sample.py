@@ -145,7 +145,7 @@ def test_top_k_1_and_a_tiny_top_p_are_greedy_whatever_the_noise() -> None:
 # Rows -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("penalised", [False, True])
+@pytest.mark.parametrize("penalised", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_row_draws_the_same_alone_and_in_any_batch(penalised: bool) -> None:
     maker = Maker.seeded(0, DEVICE)
     B = len(ROWS)
@@ -161,7 +161,7 @@ def test_a_row_draws_the_same_alone_and_in_any_batch(penalised: bool) -> None:
         assert torch.equal(other_log_probs, log_probs)
 
 
-@pytest.mark.parametrize(("segment", "block"), [(64, 1024), (256, 256)])
+@pytest.mark.parametrize(("segment", "block"), [pytest.param(64, 1024, marks=pytest.mark.slow), pytest.param(256, 256)])
 def test_the_size_of_segments_and_blocks_does_not_matter(
     segment: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

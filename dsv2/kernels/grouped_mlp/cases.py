@@ -47,7 +47,7 @@ _SMALL = {
     "T63": _inputs(63, 5, 2, 40, 72),
     "T65-addend": _inputs(65, 4, 3, 40, 24, addend=True),
     "one-expert-takes-all": _inputs(33, 6, 2, 40, 24, crowded=True),
-    "many-rows-an-expert": _inputs(200, 3, 2, 72, 40),
+    "many-rows-an-expert": _inputs(140, 3, 2, 40, 24),
     "no-token": _inputs(0, 4, 2, 40, 24),
 }
 _LARGE = {f"V2-Lite-T{T}": _inputs(T, 64, 6, 2048, 1408) for T in (1, 3, 8, 32, 130, 512, 2048)} | {
