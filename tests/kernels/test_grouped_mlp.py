@@ -63,6 +63,13 @@ def test_a_token_of_nan_spoils_no_other() -> None:
     assert torch.equal(spoilt[others], clean[others])
 
 
+def test_experts_may_be_a_view_of_something_wider() -> None:
+    args = inputs("unsorted")
+    wide = torch.cat((args["experts"], args["experts"]), 1)
+    viewed = args | {"experts": wide[:, : args["experts"].shape[1]]}
+    assert torch.equal(kernel.grouped_mlp(**viewed), kernel.grouped_mlp(**args))
+
+
 def test_training_and_inference_agree() -> None:
     args = inputs("T63")
     trained = kernel.grouped_mlp(**args | {"x": args["x"].detach().requires_grad_()})
@@ -76,6 +83,7 @@ BAD = {
     "gate_up has shape .*, expected .8, 80, 64.": {"gate_up": torch.zeros(8, 40, 64)},
     "gate_up is float64, expected float32": {"gate_up": torch.zeros(8, 80, 64).double()},
     "down has strides .*, expected contiguous": {"down": torch.zeros(8, 40, 64).transpose(1, 2)},
+    "block_counts has shape .*, expected .1, 8.": {"block_counts": torch.zeros(2, 8, dtype=torch.int32)},
     "addend has shape .*, expected .9, 64.": {"addend": torch.zeros(9, 32)},
     "x has D=60 channels and down F=40: both must be multiples of 8": {
         "x": torch.zeros(9, 60),

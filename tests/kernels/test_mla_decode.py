@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv2.kernels.case import Maker
-from dsv2.kernels.mla_decode import OVERHEAD_PAGES, PAGE, mla_decode, plan_decode, reference
+from dsv2.kernels.mla_decode import OVERHEAD_PAGES, PAGE, kernel, mla_decode, plan_decode, reference
 from dsv2.kernels.mla_decode.cases import CASES
 from tests.numerics import assert_close
 
@@ -119,6 +119,13 @@ def test_the_result_does_not_depend_on_where_pages_lie() -> None:
     table[used] = order.argsort()[table[used].long()].int()
     moved = reference.mla_decode(**args | {"cache": args["cache"][order], "page_table": table})
     for a, b in zip(moved, reference.mla_decode(**args), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_lengths_may_be_strided() -> None:
+    args = inputs()
+    strided = torch.stack((args["lengths"], args["lengths"] + 7), 1)[:, 0]
+    for a, b in zip(kernel.mla_decode(**args | {"lengths": strided}), kernel.mla_decode(**args), strict=True):
         assert torch.equal(a, b)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv2.kernels.backend import check_dtype, check_same_device, check_shape, use_kernel
+from dsv2.kernels.route import ROUTE_BLOCK
 
 
 def grouped_mlp(
@@ -32,6 +33,10 @@ def grouped_mlp(
     dropped or padded, and the host never waits for the device. Raises ValueError where the arguments do not match.
     """
     _check(x, experts, gates, gate_up, down, addend)
+    if block_counts is not None:
+        check_shape("block_counts", block_counts, -(-len(experts) // ROUTE_BLOCK), len(down))
+        check_dtype("block_counts", block_counts, torch.int32)
+        check_same_device("block_counts", block_counts, "x", x)
     if not use_kernel(x):
         from dsv2.kernels.grouped_mlp.reference import grouped_mlp as run
     else:
@@ -54,9 +59,11 @@ def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     check_shape("gate", gate, None, x.shape[1])
     check_shape("up", up, *gate.shape)
     check_shape("down", down, x.shape[1], len(gate))
+    _check_widths(x, len(gate))
     for name, tensor in {"gate": gate, "up": up, "down": down}.items():
         check_dtype(name, tensor, x.dtype)
         check_same_device(name, tensor, "x", x)
+        _check_contiguous(name, tensor)
     if not use_kernel(x):
         from dsv2.kernels.grouped_mlp.reference import swiglu_mlp as run
     else:
@@ -73,15 +80,25 @@ def _check(x: Tensor, experts: Tensor, gates: Tensor, gate_up: Tensor, down: Ten
     check_shape("down", down, None, x.shape[1], None)
     E, D, F = down.shape
     check_shape("gate_up", gate_up, E, 2 * F, D)
-    if D % 8 or F % 8:
-        # Grouped products and bulk copies want rows of whole 16 bytes.
-        raise ValueError(f"x has D={D} channels and down F={F}: both must be multiples of 8")
+    _check_widths(x, F)
     tensors = {"gate_up": gate_up, "down": down} | ({} if addend is None else {"addend": addend})
     for name, tensor in tensors.items():
         check_dtype(name, tensor, x.dtype)
-        if name != "addend" and not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}, expected contiguous")
+        if name != "addend":
+            _check_contiguous(name, tensor)
     if addend is not None:
         check_shape("addend", addend, *x.shape)
     for name, tensor in ({"experts": experts, "gates": gates} | tensors).items():
         check_same_device(name, tensor, "x", x)
+
+
+def _check_widths(x: Tensor, F: int) -> None:
+    """Grouped products and bulk copies want rows of whole 16 bytes."""
+    D = x.shape[1]
+    if D % 8 or F % 8:
+        raise ValueError(f"x has D={D} channels and down F={F}: both must be multiples of 8")
+
+
+def _check_contiguous(name: str, x: Tensor) -> None:
+    if not x.is_contiguous():
+        raise ValueError(f"{name} has strides {x.stride()}, expected contiguous")

@@ -274,7 +274,7 @@ def _inference(
 ) -> Tensor:
     T, A = experts.shape
     M, E = T * A, len(down)
-    x = unit_stride(x)
+    x, experts = unit_stride(x), experts.contiguous()
     gate, up = gate_up.chunk(2, 1)
     first, second = blocks_for(M, E, x.dtype)
     if T <= UNSORTED_TOKENS:

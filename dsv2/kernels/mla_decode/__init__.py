@@ -75,12 +75,14 @@ def mla_decode(
         scale: of the logits, 1/sqrt(N + R) times YaRN's softmax factor.
         plan: of `lengths`, where several layers share it; None: computed here.
 
-    The kernel takes bfloat16 (and others where C + R is not DeepSeek-V2's). Not differentiable. Never
+    The kernel takes bfloat16, float16 and float32. Not differentiable. Never
     waits for the device, so CUDA graphs can hold it. Raises ValueError where arguments do not match.
 
     Returns y [T, H, C] in q_latent's dtype and the natural log-sum-exp of the scaled logits [T, H] float32.
     """
     _check(q_latent, q_rope, cache, page_table, lengths)
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}, expected above 0")
     if not use_kernel(q_latent):
         from dsv2.kernels.mla_decode.reference import mla_decode as reference
 

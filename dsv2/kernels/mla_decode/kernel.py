@@ -224,6 +224,7 @@ def _decode(
     cut: Tensor,
 ) -> tuple[Tensor, Tensor]:
     q_latent, q_rope, page_table = (unit_stride(x) for x in (q_latent, q_rope, page_table))
+    lengths = lengths.contiguous()
     (T, H, C), R, B = q_latent.shape, q_rope.shape[-1], len(lengths)
     out, lse = _empty_output(q_latent)
     if T == 0:
@@ -234,7 +235,9 @@ def _decode(
     part_out = torch.empty(2 * P, num_rows, C, dtype=torch.float32, device=out.device)
     part_lse = torch.empty(num_rows, 2 * P, dtype=torch.float32, device=out.device)
     strides = q_latent.stride()[:2] + q_rope.stride()[:2]
-    tile = min(max(triton.next_power_of_2(num_rows), 16), 64)
+    # Twice the bytes a number: larger tiles of float32 would not fit shared memory at DeepSeek-V2's widths.
+    is_wide = q_latent.dtype == torch.float32
+    tile = 16 if is_wide else min(max(triton.next_power_of_2(num_rows), 16), 64)
     grid = (P, triton.cdiv(num_rows, tile))
     tables = (page_table, lengths, parts, splits, out, lse, part_out, part_lse)
     sizes = (*strides, page_table.stride(0), H, num_rows, query_len, scale / LN2.value)
@@ -244,8 +247,8 @@ def _decode(
         hopper.walk(grid, tile, q_latent, q_rope, cache, *tables, *sizes)
     else:
         _mla_decode_kernel[grid](
-            q_latent, q_rope, cache, *tables, *sizes, C, R, ROWS=tile, PAGE=PAGE, BC=triton.next_power_of_2(C),
-            BR=max(triton.next_power_of_2(R), 16), num_warps=4 if tile < 64 else 8, num_stages=1,
+            q_latent, q_rope, cache, *tables, *sizes, C, R, ROWS=tile, PAGE=PAGE, BC=max(triton.next_power_of_2(C), 16),
+            BR=max(triton.next_power_of_2(R), 16), num_warps=8 if is_wide or tile == 64 else 4, num_stages=1,
         )  # fmt: skip
     # Few sequences have many pieces each: more programs a row. Many are mostly not cut: few programs to skip them.
     num_cut = min(B, P)

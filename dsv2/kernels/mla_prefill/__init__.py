@@ -46,6 +46,10 @@ def mla_prefill(
     waits for it and no launch depends on lengths (except under plan `reference`). NaN in a document reaches no output
     of another. Raises ValueError where arguments do not match.
     """
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}, expected above 0")
+    cu_seqlens = cu_seqlens.contiguous()
+    cu_seqlens_prefix = None if cu_seqlens_prefix is None else cu_seqlens_prefix.contiguous()
     prefix = (k_prefix, v_prefix, cu_seqlens_prefix)
     _check(q, k, v, cu_seqlens, bounds, *prefix)
     chosen = plan(q, k, v, bounds, has_prefix=k_prefix is not None)
