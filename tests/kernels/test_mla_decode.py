@@ -125,7 +125,8 @@ def test_the_result_does_not_depend_on_where_pages_lie() -> None:
 def test_lengths_may_be_strided() -> None:
     args = inputs()
     strided = torch.stack((args["lengths"], args["lengths"] + 7), 1)[:, 0]
-    for a, b in zip(kernel.mla_decode(**args | {"lengths": strided}), kernel.mla_decode(**args), strict=True):
+    viewed: dict[str, Any] = args | {"lengths": strided}
+    for a, b in zip(kernel.mla_decode(**viewed), kernel.mla_decode(**args), strict=True):
         assert torch.equal(a, b)
 
 
