@@ -246,9 +246,8 @@ def blocks_for(num_rows: int, num_experts: int, dtype: torch.dtype) -> tuple[Blo
         return Blocks(32, 64, 128, True, 4, 4), Blocks(32, 64, 128, True, 3, 4)
     if mean <= 24:
         return Blocks(32, 64, 128, True, 2, 4), Blocks(32, 64, 128, True, 2, 4)
-    if mean <= 64:
-        return Blocks(64, 64, 128, True, 2, 4), Blocks(64, 128, 128, True, 2, 8)
-    return Blocks(128, 128, 64, True, 4, 8), Blocks(128, 256, 64, False, 3, 8)
+    # More than PERSISTENT_ROWS an expert go to the persistent kernel.
+    return Blocks(64, 64, 128, True, 2, 4), Blocks(64, 128, 128, True, 2, 8)
 
 
 @functools.cache

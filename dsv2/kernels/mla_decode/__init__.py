@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv2.kernels.backend import check_dtype, check_same_device, check_shape, use_kernel
-
-PAGE = 64
-"""Tokens a page."""
+from dsv2.kernels.latent_cache import PAGE_SIZE as PAGE
 
 MAX_QUERY_TOKENS = 8
 

@@ -4,8 +4,8 @@ A program owns one part of the work table and one tile of query rows, and walks 
 one page the next is on its way. A page is read once and serves as keys and as values.
 
 Up to 32 rows a tile the operands are swapped: scores^T = K q^T and y^T += V^T p^T, so that cache rows and latent
-channels fill the 64-row side of the instruction and no query row is padding. Tiles of 64 rows use two warp groups that
-halve the keys of the scores and the channels of y.
+channels fill the 64-row side of the instruction and no query row is padding. Tiles of 64 rows have one warp
+group for scores and their softmax, and two for the values of the page before, 256 channels of y each.
 """
 
 from __future__ import annotations
