@@ -29,6 +29,8 @@ def mla_prefill(
     k_prefix: Tensor | None = None,
     v_prefix: Tensor | None = None,
     cu_seqlens_prefix: Tensor | None = None,
+    k_rope: Tensor | None = None,
+    k_rope_prefix: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q . k) v over the keys that a row sees: those of its document up to itself, and a prefix's.
 
@@ -41,6 +43,9 @@ def mla_prefill(
         bounds: the numbers of cu_seqlens on the host, where the caller knows them. They only choose what runs: `plan`.
         k_prefix, v_prefix: [S, H', K] and [S, H', V], cached keys and values before each document's own, of which all
             rows of the document see all. cu_seqlens_prefix [N + 1] int32 bounds them. All three or none.
+        k_rope, k_rope_prefix: [T, R] and [S, R], channels that all heads share, as MLA's rotated keys are: keys are
+            [k, k_rope] then, and k and k_prefix have K - R channels. Without gradients the kernel reads them as they
+            are, in the widths that MLA has; otherwise keys are laid out first.
 
     Returns [T, H, V] in q's dtype. Softmax in fp32. Differentiable in q, k, v, k_prefix and v_prefix. On a GPU nothing
     waits for it and no launch depends on lengths (except under plan `reference`). NaN in a document reaches no output
@@ -50,40 +55,59 @@ def mla_prefill(
         raise ValueError(f"scale is {scale}, expected above 0")
     cu_seqlens = cu_seqlens.contiguous()
     cu_seqlens_prefix = None if cu_seqlens_prefix is None else cu_seqlens_prefix.contiguous()
-    prefix = (k_prefix, v_prefix, cu_seqlens_prefix)
-    _check(q, k, v, cu_seqlens, bounds, *prefix)
-    chosen = plan(q, k, v, bounds, has_prefix=k_prefix is not None)
+    prefix, rope = (k_prefix, v_prefix, cu_seqlens_prefix), (k_rope, k_rope_prefix)
+    _check(q, k, v, cu_seqlens, bounds, *prefix, *rope)
+    chosen = plan(q, k, v, bounds, has_prefix=k_prefix is not None, is_shared=k_rope is not None)
     if chosen == "triton":
         from dsv2.kernels.mla_prefill.kernel import mla_prefill as kernel
 
-        return kernel(q, k, v, cu_seqlens, scale, *prefix)
+        return kernel(q, k, v, cu_seqlens, scale, *prefix, *rope)
     if chosen == "reference" or bounds is None:
         from dsv2.kernels.mla_prefill.reference import mla_prefill as reference
 
-        return reference(q, k, v, cu_seqlens, scale, *prefix, bounds=bounds)
+        return reference(q, k, v, cu_seqlens, scale, *prefix, *rope, bounds=bounds)
+    from dsv2.kernels.mla_prefill.reference import with_rope
     from dsv2.kernels.mla_prefill.sdpa import mla_prefill as sdpa
 
+    k = k if k_rope is None else with_rope(k, k_rope)
     if chosen == "sdpa":
         return sdpa(q, k, v, bounds, scale)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return sdpa(q, k, v, bounds, scale)
 
 
-def plan(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int] | None, *, has_prefix: bool = False) -> str:
+def _trains(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Sequence[int] | None,
+    *,
+    has_prefix: bool = False,
+    is_shared: bool = False,
+) -> str:
     """Which implementation `mla_prefill` runs: the fastest that can.
 
     `cudnn-batched`: documents of one length, on Hopper. cuDNN is a quarter faster there than the kernel, but takes
     0.1 s to plan each shape that it has not met, so it gets lengths that recur: multiples of 128 in training, of 1024
-    without gradients. Its gradient of q does not repeat bit for bit: torch.use_deterministic_algorithms keeps it away.
+    without gradients, and then none where heads share channels, whose layout would cost what it gains. Its gradient of
+    q does not repeat bit for bit: torch.use_deterministic_algorithms keeps it away.
     `triton`: everything else on a GPU in bf16 or fp16; repeats bit for bit.
     `sdpa`: what the kernel cannot take, by PyTorch's choice. `reference`: the same with a prefix or without `bounds`.
     """
     if q.dtype not in HALF or not use_kernel(q):
         return "reference" if bounds is None or len(bounds) < 2 or has_prefix else "sdpa"
-    if bounds is None or has_prefix or torch.are_deterministic_algorithms_enabled():
+    if (
+        bounds is None
+        or has_prefix
+        or (is_shared and not _trains(q, k, v))
+        or torch.are_deterministic_algorithms_enabled()
+    ):
         return "triton"
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return "cudnn-batched" if _suits_cudnn(q, v, bounds, 128 if trains else 1024) else "triton"
+    return "cudnn-batched" if _suits_cudnn(q, v, bounds, 128 if _trains(q, k, v) else 1024) else "triton"
 
 
 def _suits_cudnn(q: Tensor, v: Tensor, bounds: Sequence[int], multiple: int) -> bool:
@@ -110,10 +134,21 @@ def _check(
     k_prefix: Tensor | None,
     v_prefix: Tensor | None,
     cu_seqlens_prefix: Tensor | None,
+    k_rope: Tensor | None,
+    k_rope_prefix: Tensor | None,
 ) -> None:
     check_shape("q", q, None, None, None)
     T, H, K = q.shape
-    check_shape("k", k, T, None, K)
+    rope = {} if k_rope is None else {"k_rope": k_rope}
+    if k_rope is not None:
+        check_shape("k_rope", k_rope, T, None)
+        if k_prefix is not None:
+            if k_rope_prefix is None:
+                raise ValueError("k_rope_prefix is None, expected the rest of the keys")
+            check_shape("k_rope_prefix", k_rope_prefix, len(k_prefix), k_rope.shape[1])
+            rope |= {"k_rope_prefix": k_rope_prefix}
+    key_width = K if k_rope is None else K - k_rope.shape[1]
+    check_shape("k", k, T, None, key_width)
     heads = k.shape[1]
     check_shape("v", v, T, heads, None)
     V = v.shape[2]
@@ -125,14 +160,14 @@ def _check(
     if len(cu_seqlens) == 0:
         raise ValueError("cu_seqlens is empty, expected 0 at least")
     N = len(cu_seqlens) - 1
-    same = {"k": k, "v": v}
+    same = {"k": k, "v": v} | rope
     indices = {"cu_seqlens": cu_seqlens}
     if bounds is not None and (len(bounds) != N + 1 or bounds[0] != 0 or bounds[-1] != T):
         raise ValueError(f"bounds are {len(bounds)} numbers, {list(bounds[:3])} ..., expected {N + 1} from 0 to {T}")
     if k_prefix is not None or v_prefix is not None or cu_seqlens_prefix is not None:
         if k_prefix is None or v_prefix is None or cu_seqlens_prefix is None:
             raise ValueError("k_prefix, v_prefix and cu_seqlens_prefix: some are None, expected all three or none")
-        check_shape("k_prefix", k_prefix, None, heads, K)
+        check_shape("k_prefix", k_prefix, None, heads, key_width)
         check_shape("v_prefix", v_prefix, len(k_prefix), heads, V)
         check_shape("cu_seqlens_prefix", cu_seqlens_prefix, N + 1)
         same |= {"k_prefix": k_prefix, "v_prefix": v_prefix}

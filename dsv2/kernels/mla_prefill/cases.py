@@ -51,6 +51,22 @@ def _views(maker: Maker) -> dict[str, Any]:
     return inputs | {"cu_seqlens": maker.tensor(bounds_of(lengths), torch.int32), "scale": 0.1}
 
 
+def _shared(lengths: tuple[int, ...], widths: tuple[int, int, int], prefix: tuple[int, ...] = ()) -> Inputs:
+    """Keys of two heads that share their last channels, which lie in wider rows."""
+    N, R, V = widths
+
+    def make(maker: Maker) -> dict[str, Any]:
+        inputs = _inputs(lengths, (2, 2), (N + R, V), prefix)(maker)
+        for k, k_rope in (("k", "k_rope"), ("k_prefix", "k_rope_prefix")):
+            if k in inputs:
+                rows = maker.normal(len(inputs[k]), R + 8)
+                rows[:, R:] = float("nan")
+                inputs[k], inputs[k_rope] = inputs[k][..., :N], rows[:, :R]
+        return inputs
+
+    return make
+
+
 def _steep(maker: Maker) -> dict[str, Any]:
     """Logits of a hundred and more: one key takes all, the others underflow."""
     inputs = _inputs((70, 3), (1, 1), (16, 16))(maker)
@@ -68,6 +84,16 @@ CASES = (
     Case(name="mqa-odd-widths", inputs=_inputs((17, 30), (3, 1), (20, 12)), gradients=ALL),
     Case(name="views", inputs=_views, gradients=ALL),
     Case(name="steep", inputs=_steep, gradients=ALL),
+    *(
+        Case(name=f"shared-{name}", inputs=_shared((64, 0, 1, 70), widths, prefix), gradients=gradients)
+        for name, widths, prefix, gradients in (
+            ("narrow", (16, 8, 16), (), ()),
+            ("prefix", (16, 8, 16), (3, 0, 65, 2), ()),
+            ("v2", (128, 64, 128), (0, 9, 0, 70), ()),
+            ("laid-out", (24, 8, 16), (), ()),
+            ("gradients", (16, 8, 16), (3, 0, 65, 2), (*WITH_PREFIX, "k_rope", "k_rope_prefix")),
+        )
+    ),
     Case(name="no-rows", inputs=_inputs((0, 0), (2, 2), (48, 32)), gradients=ALL),
     Case(name="no-documents", inputs=_inputs((), (2, 2), (48, 32))),
     Case(

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv2.kernels.backend import HOPPER, capability
+from dsv2.kernels.mla_prefill.reference import with_rope
 
 LOG2_E = math.log2(math.e)
 
@@ -71,13 +72,15 @@ def store_rows(x, o_r, m, b_x, b_x2, X: tl.constexpr, W: tl.constexpr, W2: tl.co
 
 
 @triton.jit
-def score(b_a, b_a2, desc, desc2, i_h, row, B: tl.constexpr, W: tl.constexpr, W2: tl.constexpr):
-    """Rows of a second operand, [B, W] and [B, W2], and a . them^T."""
+def score(
+    b_a, b_a2, desc, desc2, i_h, row, B: tl.constexpr, W: tl.constexpr, W2: tl.constexpr, SHARED: tl.constexpr = False
+):
+    """Rows of a second operand, [B, W] and [B, W2], and a . them^T. SHARED: the second piece is one for all heads."""
     b_b = desc.load([i_h, row, 0]).reshape(B, W)
     b_s = tl.dot(b_a, b_b.T)
     b_b2 = b_b
     if W2:
-        b_b2 = desc2.load([i_h, row, W]).reshape(B, W2)
+        b_b2 = desc2.load([0 if SHARED else i_h, row, 0 if SHARED else W]).reshape(B, W2)
         b_s = tl.dot(b_a2, b_b2.T, b_s)
     return b_b, b_b2, b_s
 
@@ -85,7 +88,7 @@ def score(b_a, b_a2, desc, desc2, i_h, row, B: tl.constexpr, W: tl.constexpr, W2
 @triton.jit
 def attend(
     b_o, b_m, b_l, b_q, b_q2, k, k2, v, i_h, row, num, end, o_last, seen, scale,
-    BN: tl.constexpr, BK: tl.constexpr, BK2: tl.constexpr, BV: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BK2: tl.constexpr, BV: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Running softmax, base 2, over keys 0:end of the `num` that begin at `row`.
 
@@ -94,7 +97,7 @@ def attend(
     whole = tl.minimum(end, num // BN * BN)
     for REST in tl.static_range(2):
         for j in range(whole * REST, end if REST else whole, BN):
-            b_k, b_k2, b_s = score(b_q, b_q2, k, k2, i_h, row + j, BN, BK, BK2)
+            b_k, b_k2, b_s = score(b_q, b_q2, k, k2, i_h, row + j, BN, BK, BK2, SHARED)
             b_v = v.load([i_h, row + j, 0]).reshape(BN, BV)
             o_n = j + tl.arange(0, BN)
             if j + BN > seen:
@@ -114,7 +117,7 @@ def attend(
 @triton.jit(do_not_specialize=["N", "blocks"])
 def _mla_prefill_fwd_kernel(
     q, k, k2, v, cu, k_prefix, k2_prefix, v_prefix, cu_prefix, o, lse, scale, T, N, H, blocks, stride_q, stride_qh,
-    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HAS_PREFIX: tl.constexpr, SHARED: tl.constexpr,
     HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BK2: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     i_h, i_x = deal(H, blocks, HEADS)
@@ -135,11 +138,11 @@ def _mla_prefill_fwd_kernel(
         S = tl.load(cu_prefix + i_n + 1) - row_p
         b_o, b_m, b_l = attend(
             b_o, b_m, b_l, b_q, b_q2, k_prefix, k2_prefix, v_prefix, i_kv, row_p, S, S, o_m * 0 + S - 1, S, scale,
-            BN, BK, BK2, BV,
+            BN, BK, BK2, BV, SHARED,
         )  # fmt: skip
     end = tl.minimum(first + BM, L)
     b_o, b_m, b_l = attend(
-        b_o, b_m, b_l, b_q, b_q2, k, k2, v, i_kv, row, L, end, o_m, first + 1, scale, BN, BK, BK2, BV
+        b_o, b_m, b_l, b_q, b_q2, k, k2, v, i_kv, row, L, end, o_m, first + 1, scale, BN, BK, BK2, BV, SHARED
     )
     tl.store(lse + i_h.to(tl.int64) * T + o_t, b_m + tl.log2(b_l), mask=m_m)
     b_o /= b_l[:, None]
@@ -298,18 +301,28 @@ def described(x: Tensor, B: int, W: int) -> TensorDescriptor | None:
     return TensorDescriptor(x, [H, T, X], [stride_h, stride_t, 1], [1, B, W]) if W else None
 
 
-def keys(k: Tensor | None, v: Tensor | None, c: dict[str, int]) -> tuple[TensorDescriptor | None, ...]:
-    """Keys in two pieces, and values; nothing where there is no prefix."""
+def keys(
+    k: Tensor | None, v: Tensor | None, c: dict[str, int], k_rope: Tensor | None = None
+) -> tuple[TensorDescriptor | None, ...]:
+    """Keys in two pieces, the second of `k_rope` [S, R] where given, and values; nothing where there is no prefix."""
     if k is None or v is None or len(k) == 0:
         return None, None, None
     k = readable(k)
-    return described(k, c["BN"], c["BK"]), described(k, c["BN"], c["BK2"]), described(readable(v), c["BN"], c["BV"])
+    k2 = k if k_rope is None else readable(k_rope[:, None])
+    return described(k, c["BN"], c["BK"]), described(k2, c["BN"], c["BK2"]), described(readable(v), c["BN"], c["BV"])
+
+
+def takes_shared_keys(k: Tensor, k_rope: Tensor) -> bool:
+    """Whether k's own channels are just the first of the pieces that keys lie in."""
+    c = constants("fwd", k.device, k.shape[2] + k_rope.shape[1], 16)
+    return k.shape[2] == c["BK"]
 
 
 @torch.library.custom_op("dsv2::mla_prefill", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float,
     k_prefix: Tensor | None, v_prefix: Tensor | None, cu_seqlens_prefix: Tensor | None,
+    k_rope: Tensor | None = None, k_rope_prefix: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [T, H, V], and log-sum-exp [H, T] to base 2."""
     (T, H, K), V = q.shape, v.shape[2]
@@ -318,16 +331,19 @@ def _forward(
     if T == 0:
         return o, lse
     c, N, q = constants("fwd", q.device, K, V), len(cu_seqlens) - 1, readable(q)
-    blocks, prefix = T // c["BM"] + N, keys(k_prefix, v_prefix, c)
+    blocks, prefix = T // c["BM"] + N, keys(k_prefix, v_prefix, c, k_rope_prefix)
     _mla_prefill_fwd_kernel[(blocks * H,)](
-        q, *keys(k, v, c), cu_seqlens, *prefix, cu_seqlens_prefix, o, lse, scale * LOG2_E, T, N, H, blocks,
-        q.stride(0), q.stride(1), GROUP=H // k.shape[1], HAS_PREFIX=prefix[0] is not None, **c,
+        q, *keys(k, v, c, k_rope), cu_seqlens, *prefix, cu_seqlens_prefix, o, lse, scale * LOG2_E, T, N, H, blocks,
+        q.stride(0), q.stride(1), GROUP=H // k.shape[1], HAS_PREFIX=prefix[0] is not None, SHARED=k_rope is not None,
+        **c,
     )  # fmt: skip
     return o, lse
 
 
 @_forward.register_fake
-def _(q, k, v, cu_seqlens, scale, k_prefix, v_prefix, cu_seqlens_prefix) -> tuple[Tensor, Tensor]:
+def _(
+    q, k, v, cu_seqlens, scale, k_prefix, v_prefix, cu_seqlens_prefix, k_rope=None, k_rope_prefix=None
+) -> tuple[Tensor, Tensor]:
     T, H, _ = q.shape
     return q.new_empty(T, H, v.shape[2]), q.new_empty(H, T, dtype=torch.float32)
 
@@ -382,7 +398,7 @@ def _keys_backward(
 
 
 def _setup(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, ctx.scale, *prefix = inputs
+    q, k, v, cu_seqlens, ctx.scale, *prefix, _, _ = inputs
     ctx.save_for_backward(*output, q, k, v, cu_seqlens, *prefix)
     ctx.mark_non_differentiable(output[1])
 
@@ -390,11 +406,17 @@ def _setup(ctx, inputs, output) -> None:
 def _gradients(ctx, do: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     o, lse, q, k, v, cu_seqlens, *prefix = ctx.saved_tensors
     dq, dk, dv, *dprefix = _backward(do, o, lse, q, k, v, cu_seqlens, ctx.scale, *prefix)
-    return dq, dk, dv, None, None, *(dprefix or (None, None)), None
+    return dq, dk, dv, None, None, *(dprefix or (None, None)), None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
 
 
-def mla_prefill(q, k, v, cu_seqlens, scale, k_prefix=None, v_prefix=None, cu_seqlens_prefix=None) -> Tensor:
-    return _forward(q, k, v, cu_seqlens, scale, k_prefix, v_prefix, cu_seqlens_prefix)[0]
+def mla_prefill(
+    q, k, v, cu_seqlens, scale, k_prefix=None, v_prefix=None, cu_seqlens_prefix=None, k_rope=None, k_rope_prefix=None
+) -> Tensor:
+    if k_rope is not None and (torch.is_grad_enabled() or not takes_shared_keys(k, k_rope)):
+        k = with_rope(k, k_rope)
+        k_prefix = None if k_prefix is None else with_rope(k_prefix, k_rope_prefix)
+        k_rope = k_rope_prefix = None
+    return _forward(q, k, v, cu_seqlens, scale, k_prefix, v_prefix, cu_seqlens_prefix, k_rope, k_rope_prefix)[0]

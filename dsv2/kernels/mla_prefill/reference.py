@@ -18,8 +18,14 @@ def mla_prefill(
     k_prefix: Tensor | None = None,
     v_prefix: Tensor | None = None,
     cu_seqlens_prefix: Tensor | None = None,
+    k_rope: Tensor | None = None,
+    k_rope_prefix: Tensor | None = None,
     bounds: Sequence[int] | None = None,
 ) -> Tensor:
+    if k_rope is not None:
+        k = with_rope(k, k_rope)
+    if k_rope_prefix is not None and k_prefix is not None:
+        k_prefix = with_rope(k_prefix, k_rope_prefix)
     documents = pairwise(cu_seqlens.tolist() if bounds is None else bounds)
     prefixes = None if cu_seqlens_prefix is None else list(pairwise(cu_seqlens_prefix.tolist()))
     outputs = [q.new_empty(0, q.shape[1], v.shape[2])]
@@ -40,3 +46,8 @@ def attention(q_THK: Tensor, k_SHK: Tensor, v_SHV: Tensor, scale: float) -> Tens
     sees_TS = torch.ones(T, S, dtype=torch.bool, device=q_THK.device).tril(S - T)
     probs_HTS = scores_HTS.masked_fill(~sees_TS, float("-inf")).softmax(-1)
     return torch.einsum("hts,shv->thv", probs_HTS, v_SHV).to(q_THK.dtype)
+
+
+def with_rope(k_SHN: Tensor, k_rope_SR: Tensor) -> Tensor:
+    """Keys of every head (equation 17): their own channels, then those that all share."""
+    return torch.cat((k_SHN, k_rope_SR[:, None].expand(-1, k_SHN.shape[1], -1)), -1)

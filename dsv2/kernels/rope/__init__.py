@@ -35,6 +35,23 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     return run(x, cos, sin, layout)
 
 
+@torch.no_grad()
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> None:
+    """`rope`, written over x, whose channels must lie side by side. Not differentiable."""
+    check_shape("x", x, None, None, None)
+    check_tables(cos, sin, layout, "x", x, num_channels=x.shape[-1])
+    if x.stride(-1) != 1:
+        raise ValueError(f"x has strides {x.stride()}, expected channels side by side")
+    if not use_kernel(x):
+        from dsv2.kernels.rope.reference import rope_ as run
+    else:
+        check_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
+        check_dtype("cos", cos, torch.float32)
+        check_dtype("sin", sin, torch.float32)
+        from dsv2.kernels.rope.kernel import rope_ as run
+    run(x, cos, sin, layout)
+
+
 def check_tables(cos: Tensor, sin: Tensor, layout: str, name: str, x: Tensor, num_channels: int) -> None:
     """Whether they fit the rows and the device of x, called `name`, which has `num_channels` to be rotated."""
     if layout not in LAYOUTS:

@@ -48,6 +48,14 @@ CASES = (
     Case(name="key-beside-latent", inputs=_view(lambda x: x[:, None, 48:], 63, 64), gradients=("x",)),
     Case(name="heads-first", inputs=_view(lambda x: x.transpose(0, 1), 3, 5, 8), gradients=("x",)),
     Case(name="channels-apart", inputs=_view(lambda x: x[..., ::2], 3, 2, 16), gradients=("x",)),
+    *(
+        Case(name=f"in-place-{name}", function="rope_", inputs=inputs, mutated=("x",))
+        for name, inputs in (
+            ("interleaved", _inputs(65, 5, 6, "interleaved")),
+            ("half", _inputs(3, 5, 20, "half")),
+            ("last-64-of-192", _view(lambda x: x[..., 128:], 5, 4, 192)),
+        )
+    ),
     Case(name="no-rows", inputs=_inputs(0, 4, 8, "interleaved"), gradients=("x",)),
     Case(name="no-heads", inputs=_inputs(4, 0, 8, "half"), gradients=("x",)),
 )

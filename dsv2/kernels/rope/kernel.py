@@ -40,7 +40,7 @@ def rotate_rows(
 
 @triton.jit(do_not_specialize=["T"])
 def _rope_kernel(
-    x, cos, sin, y, stride_t, stride_h, T, H: tl.constexpr, R: tl.constexpr,
+    x, cos, sin, y, stride_t, stride_h, stride_yt, stride_yh, T, H: tl.constexpr, R: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr, INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     num_blocks_h: tl.constexpr = (H + BH - 1) // BH
@@ -52,27 +52,35 @@ def _rope_kernel(
     o_h = (i_h * BH + o_n % BH).to(tl.int64)
     m = (o_t < T) & (o_h < H)
     rotate_rows(
-        x + o_t * stride_t + o_h * stride_h, y + (o_t * H + o_h) * R, cos + o_t * (R // 2), sin + o_t * (R // 2),
-        m, m, BT * BH, R, BR, INTERLEAVED, TRANSPOSED,
+        x + o_t * stride_t + o_h * stride_h, y + o_t * stride_yt + o_h * stride_yh,
+        cos + o_t * (R // 2), sin + o_t * (R // 2), m, m, BT * BH, R, BR, INTERLEAVED, TRANSPOSED,
     )  # fmt: skip
 
 
 @torch.library.custom_op("dsv2::rope", mutates_args=())
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str, transposed: bool) -> Tensor:
-    x = unit_stride(x)
-    T, H, R = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if y.numel():
+    _launch(unit_stride(x), y, cos, sin, layout, transposed)
+    return y
+
+
+@torch.library.custom_op("dsv2::rope_", mutates_args=("x",))
+def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> None:
+    _launch(x, x, cos, sin, layout, False)
+
+
+def _launch(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, layout: str, transposed: bool) -> None:
+    T, H, R = x.shape
+    if x.numel():
         BR = triton.next_power_of_2(R)
         # One access of 16 bytes a thread, where the dtype has two bytes.
         BN = max(2048 // BR, 1)
         BH = min(triton.next_power_of_2(H), BN)
         BT = BN // BH
         _rope_kernel[(triton.cdiv(T, BT) * triton.cdiv(H, BH),)](
-            x, cos.contiguous(), sin.contiguous(), y, x.stride(0), x.stride(1), T, H=H, R=R,
+            x, cos.contiguous(), sin.contiguous(), y, x.stride(0), x.stride(1), y.stride(0), y.stride(1), T, H=H, R=R,
             BT=BT, BH=BH, BR=BR, INTERLEAVED=layout == "interleaved", TRANSPOSED=transposed, num_warps=8,
         )  # fmt: skip
-    return y
 
 
 @_rotate.register_fake
@@ -94,3 +102,7 @@ _rotate.register_autograd(_gradient, setup_context=_setup)
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     return _rotate(x, cos, sin, layout, False)
+
+
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> None:
+    _rotate_in_place(x, cos, sin, layout)

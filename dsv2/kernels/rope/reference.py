@@ -16,3 +16,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     turned = (a_THR * cos_T1R - b_THR * sin_T1R, a_THR * sin_T1R + b_THR * cos_T1R)
     y_THR = torch.stack(turned, dim=-1).flatten(-2) if layout == "interleaved" else torch.cat(turned, dim=-1)
     return y_THR.to(x.dtype)
+
+
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> None:
+    x.copy_(rope(x, cos, sin, layout))
