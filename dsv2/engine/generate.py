@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def generate(
     for i in range(max_new_tokens):
         tokens_T = torch.tensor([t for rows in new for t in rows], device=model.device)
         context = cache.extend([len(rows) for rows in new], absorb=i > 0 and model.cfg.attention.kind == "mla")
-        last_B = context.cu_seqlens[1:] - 1
+        last_B = torch.tensor([*accumulate(len(rows) for rows in new if rows)], device=model.device) - 1
         logits_BW = model.logits(model.model(tokens_T, context)[last_B])
         ids_B = draw(logits_BW, sampling, [sampling.seed + index for index in running], step=i)
         new = [[] for _ in prompts]

@@ -1,39 +1,55 @@
-"""A scheduler's `Step` becomes one forward pass over the paged cache, and a token of every sequence that samples.
+"""A scheduler's `Step` becomes one forward pass over the paged cache, and tokens of every sequence that draws.
 
-The only file of the engine that touches the device. It decides nothing, and keeps nothing between steps but the cache.
-Log-probabilities are the model's own: no bias, penalty, mask or temperature changes them.
+The only file of the engine that holds device memory from step to step. It decides nothing.
 """
 
 from __future__ import annotations
 
-import math
 from collections import abc
-from itertools import accumulate
+from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dsv2.config.counts import kv_elements_per_token
 from dsv2.config.engine import PAGE_SIZE, EngineConfig
-from dsv2.engine.sampling import SamplingParams
+from dsv2.device import to_device, to_host
+from dsv2.engine.batch import Batch, accept
+from dsv2.engine.decode import FixedDecoder
+from dsv2.engine.draw import Candidates, Sampler, candidates, log_probs_of
 from dsv2.engine.scheduler import Scheduled, Step
-from dsv2.engine.sequence import Sequence
-from dsv2.kernels.mla_decode import MAX_QUERY_TOKENS
-from dsv2.kernels.sample import sample
 from dsv2.model import Context, Transformer
 
 CPU_CACHE_BYTES = 10**9
 """What the cache may take on the CPU where nobody says how many pages it has."""
 
-_UNSEEDED = -(2**62)
-"""Seed of the first sequence that was given none; later arrivals have the next ones."""
+LOGITS_ROWS = 1024
+"""Rows of the prompt whose logits exist at once."""
+
+_NO_MASKS: abc.Mapping[int, np.ndarray] = MappingProxyType({})
 
 
 class Drawn(NamedTuple):
+    """A token and its log-probability under the softmax of the model's logits.
+
+    Where log-probabilities were asked for: its rank (1: the most probable), and the most probable tokens, best first.
+    """
+
     token_id: int
     log_prob: float
-    """Under the softmax of the model's logits."""
+    rank: int = 0
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Results(NamedTuple):
+    """Of a step's entries, in its order."""
+
+    drawn: list[list[Drawn]]
+    """Of an entry that samples: its drafts as far as they were right, and the token after them."""
+    prompt: list[list[Drawn] | None]
+    """Of an entry whose prompt's log-probabilities are wanted: the prompt's token after each of its positions."""
 
 
 def page_bytes(model: Transformer) -> int:
@@ -63,127 +79,163 @@ def default_num_pages(model: Transformer, config: EngineConfig) -> int:
 class Runner:
     """Computes steps with a model's own parameters, in its dtype, over `num_pages` pages of one allocation."""
 
-    def __init__(self, model: Transformer, num_pages: int) -> None:
-        self.model = model
-        cfg = model.cfg
+    def __init__(self, model: Transformer, num_pages: int, config: EngineConfig) -> None:
+        self.model, cfg = model, model.cfg
         shape = (cfg.num_layers, num_pages, PAGE_SIZE, kv_elements_per_token(cfg) // cfg.num_layers)
         self.cache_LPX = torch.empty(shape, device=model.device, dtype=model.dtype)
+        model.join_projections()
+        self._can_absorb = cfg.attention.kind == "mla"
+        self._sampler = Sampler(cfg, model.device)
+        max_drawn = config.max_num_seqs * (1 + config.num_draft_tokens)
+        self._previous_ids = torch.zeros(max_drawn, dtype=torch.int64, device=model.device)
+        self._sources: dict[int, int] = {}
+        sizes = config.graph_sizes(model.device.type) if self._can_absorb else ()
+        max_pages = -(-config.max_model_len // PAGE_SIZE)
+        self._decoder = FixedDecoder(model, self.cache_LPX.unbind(), self._previous_ids, sizes, max_pages)
 
     @torch.inference_mode()
-    def run(self, step: Step) -> list[Drawn | None]:
-        """What each entry draws after its last token; None where it samples none. Entries must have no drafts."""
-        entries = step.entries
-        tokens_T = torch.tensor([i for entry in entries for i in entry.known_ids()], device=self.model.device)
-        hidden_TD = self.model.model(tokens_T, self._context(entries))
-        stops = accumulate(entry.num_tokens for entry in entries)
-        last = [stop - 1 for entry, stop in zip(entries, stops, strict=True) if entry.samples]
-        last_B = torch.tensor(last, dtype=torch.int64, device=self.model.device)
-        ids_B, log_probs_B = self._sample(
-            self.model.logits(hidden_TD[last_B]), [entry for entry in entries if entry.samples]
-        )
-        drawn = iter(map(Drawn, ids_B.tolist(), log_probs_B.tolist()))
-        return [next(drawn) if entry.samples else None for entry in entries]
+    def launch(self, step: Step, masks: abc.Mapping[int, np.ndarray] = _NO_MASKS) -> Ticket:
+        """Start a step. Does not wait for a GPU: tokens that the step before draws are read where they are.
 
-    def _context(self, entries: abc.Sequence[Scheduled]) -> Context:
-        """Absorbed where every sequence has the same few tokens, as in decoding; expanded otherwise."""
-        pages = [entry.sequence.pages for entry in entries]
-        width = max(map(len, pages))
-        counts = [entry.num_tokens for entry in entries]
-        is_decode = len(set(counts)) == 1 and counts[0] <= MAX_QUERY_TOKENS
-        return Context.cached(
+        `masks`: by arrival, bits [ceil(W / 32)] int32 of the tokens that a sequence may draw; none of it has drafts.
+        """
+        batch = Batch.of(step, can_absorb=self._can_absorb, sources=self._sources)
+        ids, sources = batch.tokens()
+        hidden_TD = self._hidden(batch, ids, sources)
+        prompt = self._prompt(batch, hidden_TD)
+        ticket = Ticket(step, batch, prompt)
+        self._sources = {}
+        if batch.sampling:
+            rows = batch.drawing_rows()
+            is_all = len(rows) == len(hidden_TD)
+            logits_NW = self.model.logits(hidden_TD if is_all else hidden_TD[to_device(rows, self.model.device)])
+            ticket.drawn = self._draw(batch, logits_NW, sources[rows], masks)
+        ticket.record(self.model.device)
+        return ticket
+
+    def _hidden(self, batch: Batch, ids: np.ndarray, sources: np.ndarray) -> Tensor:
+        """Normalised hidden states [T, D] of the batch's rows."""
+        if batch.is_decode and self._decoder.fits(len(ids)):
+            histories, table = batch.histories()
+            return self._decoder.run(np.vstack((ids, sources, histories)), table)
+        device = self.model.device
+        tokens_T = to_device(ids, device)
+        if (sources >= 0).any():
+            source_T = to_device(sources, device)
+            tokens_T = torch.where(source_T < 0, tokens_T, self._previous_ids[source_T.clamp(min=0)])
+        context = Context.cached(
             self.cache_LPX.unbind(),
-            torch.tensor([row + [0] * (width - len(row)) for row in pages], dtype=torch.int32),
-            [entry.start for entry in entries],
-            counts,
+            torch.from_numpy(batch.page_table()),
+            batch.starts.tolist(),
+            batch.counts.tolist(),
             self.model.cfg.num_heads,
-            absorb=is_decode and self.model.cfg.attention.kind == "mla",
+            batch.num_absorbed,
         )
+        return self.model.model(tokens_T, context)
 
-    # Sampling -----------------------------------------------------------------------------------------------------
+    def _draw(
+        self, batch: Batch, logits_NW: Tensor, sources: np.ndarray, masks: abc.Mapping[int, np.ndarray]
+    ) -> _OnHost:
+        sequences = batch.drawing_sequences()
+        pending_N = None
+        if (sources >= 0).any():
+            source_N = to_device(sources, self.model.device)
+            pending_N = torch.where(source_N < 0, -1, self._previous_ids[source_N.clamp(min=0)])
+        ids_N, log_probs_N = self._sampler.draw(logits_NW, sequences, batch.output_numbers(), pending_N, masks)
+        self._previous_ids[: len(ids_N)] = ids_N
+        self._sources = {s.arrival: row for row, s in enumerate(sequences)}
+        num = max((s.params.logprobs for s in sequences if s.params.logprobs is not None), default=None)
+        return _on_host(ids_N, log_probs_N, None if num is None else candidates(logits_NW, ids_N, num))
 
-    def _sample(self, logits_BW: Tensor, entries: abc.Sequence[Scheduled]) -> tuple[Tensor, Tensor]:
-        """Ids [B] int64 and their log-probabilities [B] float32."""
-        params = [entry.sequence.params for entry in entries]
-        scores_BW = self._adjusted(logits_BW, entries)
-        ids_B, log_probs_B = sample(
-            scores_BW,
-            temperature=self._column([p.temperature for p in params]),
-            top_k=self._column([p.top_k for p in params], torch.int32),
-            top_p=self._column([p.top_p for p in params]),
-            min_p=self._column([p.min_p for p in params]),
-            seed=self._column([_seed(entry.sequence) for entry in entries], torch.int64),
-            step=self._column([_num_drawn(entry) for entry in entries], torch.int64),
-            **self._penalties([entry.sequence for entry in entries]),
-        )
-        if scores_BW is not logits_BW:
-            raw_BW = logits_BW.float()
-            log_probs_B = raw_BW.gather(-1, ids_B[:, None]).squeeze(-1) - raw_BW.logsumexp(-1)
-        return ids_B, log_probs_B
+    def _prompt(self, batch: Batch, hidden_TD: Tensor) -> dict[int, list[_OnHost]]:
+        """By arrival: what is asked of the tokens of prompts."""
+        results = {}
+        for entry, stop in zip(batch.entries, batch.stops.tolist(), strict=True):
+            num = wanted_prompt_logprobs(entry)
+            if num is not None:
+                after = min(entry.start + entry.num_tokens + 1, entry.sequence.num_prompt_tokens)
+                ids = entry.sequence.token_ids[entry.start + 1 : after]
+                rows_TD = hidden_TD[stop - entry.num_tokens :][: len(ids)]
+                ids_T = to_device(np.array(ids, np.int64), self.model.device)
+                chunks = zip(rows_TD.split(LOGITS_ROWS), ids_T.split(LOGITS_ROWS), strict=True)
+                results[entry.sequence.arrival] = [self._describe(*chunk, num) for chunk in chunks]
+        return results
 
-    def _column(self, values: list[float] | list[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """One value a row [B]; what is too large for fp32 becomes the largest number."""
-        if dtype == torch.float32:
-            values = [min(value, torch.finfo(dtype).max) for value in values]
-        return torch.tensor(values, dtype=dtype, device=self.model.device)
+    def _describe(self, hidden_TD: Tensor, ids_T: Tensor, num: int) -> _OnHost:
+        logits_TW = self.model.logits(hidden_TD)
+        return _on_host(ids_T, log_probs_of(logits_TW, ids_T), candidates(logits_TW, ids_T, num))
 
-    def _adjusted(self, logits_BW: Tensor, entries: abc.Sequence[Scheduled]) -> Tensor:
-        """Logits with bias, and without the tokens that may not come yet; the same tensor where nothing changes."""
-        cfg = self.model.cfg
-        eos_token_ids = [i for i in cfg.eos_token_ids if i < cfg.vocab_size]
-        changes = [
-            (row, token_id, value)
-            for row, entry in enumerate(entries)
-            for token_id, value in _changes(entry, eos_token_ids).items()
+
+def wanted_prompt_logprobs(entry: Scheduled) -> int | None:
+    """How many candidates are wanted beside each token of the prompt; None: nothing is, or not here."""
+    sequence = entry.sequence
+    is_prompt = sequence.index == 0 and entry.start + 1 < sequence.num_prompt_tokens
+    return sequence.params.prompt_logprobs if is_prompt else None
+
+
+class _OnHost(NamedTuple):
+    """Tensors that arrive on the host by and by."""
+
+    ids_N: Tensor
+    log_probs_N: Tensor
+    candidates: Candidates | None
+
+    def drawn(self, num_candidates: abc.Sequence[int | None]) -> list[Drawn]:
+        """With so many candidates each."""
+        pairs = zip(self.ids_N.tolist(), self.log_probs_N.tolist(), strict=True)
+        if self.candidates is None:
+            return [Drawn(*pair) for pair in pairs]
+        ranks, top_ids, top_log_probs = (x.tolist() for x in self.candidates)
+        rows = zip(pairs, ranks, top_ids, top_log_probs, num_candidates, strict=True)
+        return [
+            Drawn(*pair) if num is None else Drawn(*pair, rank, tuple(zip(ids[:num], log_probs[:num], strict=True)))
+            for pair, rank, ids, log_probs, num in rows
         ]
-        if not changes:
-            return logits_BW
-        rows, token_ids, values = (list(column) for column in zip(*changes, strict=True))
-        index = self._column(rows, torch.int64), self._column(token_ids, torch.int64)
-        return logits_BW.to(torch.float32, copy=True).index_put_(index, self._column(values), accumulate=True)
 
-    def _penalties(self, sequences: abc.Sequence[Sequence]) -> dict[str, Tensor]:
-        """The penalties' arguments of `sample`, none where no sequence has any."""
-        params = [sequence.params for sequence in sequences]
-        if not any(map(_is_penalised, params)):
+
+def _on_host(ids_N: Tensor, log_probs_N: Tensor, of_candidates: Candidates | None) -> _OnHost:
+    copies = None if of_candidates is None else Candidates(*map(to_host, of_candidates))
+    return _OnHost(to_host(ids_N), to_host(log_probs_N), copies)
+
+
+class Ticket:
+    """A step that was started."""
+
+    def __init__(self, step: Step, batch: Batch, prompt: abc.Mapping[int, list[_OnHost]]) -> None:
+        self.step = step
+        self._batch, self._prompt = batch, prompt
+        self.drawn: _OnHost | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def record(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(device))
+
+    def results(self) -> Results:
+        """What the step gave; waits until it is done."""
+        if self._event is not None:
+            self._event.synchronize()
+        drawn = self._drawn_by_arrival()
+        arrivals = [entry.sequence.arrival for entry in self.step.entries]
+        return Results(
+            [drawn.get(arrival, []) for arrival in arrivals], [self._of_prompt(e) for e in self.step.entries]
+        )
+
+    def _drawn_by_arrival(self) -> dict[int, list[Drawn]]:
+        if self.drawn is None:
             return {}
-        shape, device = (len(sequences), self.model.cfg.vocab_size), self.model.device
-        output_counts, prompt_mask = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.bool)
-        for row, sequence in enumerate(sequences):
-            if _is_penalised(sequence.params):
-                output_ids = torch.tensor(sequence.output_ids, dtype=torch.int64)
-                output_counts[row] = torch.bincount(output_ids, minlength=shape[1])
-                prompt_mask[row, torch.tensor(sequence.token_ids[: sequence.num_prompt_tokens])] = True
-        return {
-            "output_counts": output_counts.to(device),
-            "prompt_mask": prompt_mask.to(device),
-            "presence_penalty": self._column([p.presence_penalty for p in params]),
-            "frequency_penalty": self._column([p.frequency_penalty for p in params]),
-            "repetition_penalty": self._column([p.repetition_penalty for p in params]),
-        }
+        drawn = iter(self.drawn.drawn([s.params.logprobs for s in self._batch.drawing_sequences()]))
+        results = {}
+        for entry, _ in self._batch.sampling:
+            tokens = [next(drawn) for _ in range(1 + len(entry.draft_ids))]
+            num = accept(entry.draft_ids, [each.token_id for each in tokens])
+            results[entry.sequence.arrival] = tokens[:num]
+        return results
 
-
-def _num_drawn(entry: Scheduled) -> int:
-    """Tokens that the sequence has generated before the one it draws."""
-    return entry.start + entry.num_tokens - entry.sequence.num_prompt_tokens
-
-
-def _seed(sequence: Sequence) -> int:
-    """Key of the sequence's random numbers, 64 bits with sign."""
-    if sequence.params.seed is None:
-        return _UNSEEDED + sequence.arrival
-    return (sequence.params.seed + sequence.index + 2**63) % 2**64 - 2**63
-
-
-def _changes(entry: Scheduled, eos_token_ids: abc.Iterable[int]) -> dict[int, float]:
-    """What is added to the logits of token ids."""
-    params = entry.sequence.params
-    changes = dict(params.logit_bias)
-    if _num_drawn(entry) < params.min_tokens:
-        changes |= dict.fromkeys(params.stop_token_ids, -math.inf)
-        if not params.ignore_eos:
-            changes |= dict.fromkeys(eos_token_ids, -math.inf)
-    return changes
-
-
-def _is_penalised(params: SamplingParams) -> bool:
-    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
+    def _of_prompt(self, entry: Scheduled) -> list[Drawn] | None:
+        chunks = self._prompt.get(entry.sequence.arrival)
+        if chunks is None:
+            return None
+        num = entry.sequence.params.prompt_logprobs
+        return [each for chunk in chunks for each in chunk.drawn([num] * len(chunk.ids_N))]

@@ -72,3 +72,15 @@ def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> N
 def unit_stride(x: Tensor) -> Tensor:
     """What kernels read along the last axis without a stride; a copy only where a view cannot give it."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def joined(first: Tensor, second: Tensor) -> Tensor | None:
+    """Two matrices of as many columns as one, where they lie one after the other in one piece of memory."""
+    is_adjacent = (
+        first.is_contiguous()
+        and second.is_contiguous()
+        and first.shape[1] == second.shape[1]
+        and second.data_ptr() == first.data_ptr() + first.numel() * first.element_size()
+        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    )
+    return first.as_strided((len(first) + len(second), first.shape[1]), first.stride()) if is_adjacent else None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsv2.config import ModelConfig
 from dsv2.config.counts import kv_elements_per_token
+from dsv2.device import to_device
 from dsv2.kernels.latent_cache import PAGE_SIZE
 from dsv2.kernels.mla_decode import MAX_QUERY_TOKENS, DecodePlan, num_parts, plan_decode
 
@@ -36,20 +37,22 @@ class Routing:
 class Paged:
     """Where a step lies in a paged cache; slots are page * 64 + offset.
 
-    `layers` hold pages [num_pages, 64, X]. Row t is written to `slots_T`[t] int64. Expanded attention reads the slots
-    `visible_S`: the tokens that were cached before the step, `cu_past` [B + 1] int32 of them by sequence, then the
-    step's own. Absorbed attention reads through `page_table` [B, max_pages] int32 up to `lengths` [B] int32, which have
-    an entry for every sequence, or for every row where sequences have different numbers of rows or too many for the
-    kernel; `plan` deals that work to a GPU, for all layers at once.
+    `layers` hold pages [num_pages, 64, X]. Row t is written to `slots_T`[t] int64, unless that is negative. The first
+    `num_absorbed` rows attend in the absorbed form, through `page_table` [B, max_pages] int32 up to `lengths` [B]
+    int32, which have an entry for every sequence, or for every row where sequences have different numbers of rows or
+    too many for the kernel; `plan` deals that work to a GPU, for all layers at once. The rows after them attend in the
+    expanded form, to the slots `visible_S`: the tokens that were cached before the step, `cu_past` [B' + 1] int32 of
+    them by sequence, then those rows' own.
     """
 
     layers: Sequence[Tensor]
     slots_T: Tensor
-    visible_S: Tensor
-    cu_past: Tensor
+    num_absorbed: int
     page_table: Tensor
     lengths: Tensor
     plan: DecodePlan | None
+    visible_S: Tensor
+    cu_past: Tensor
 
     def write(self, layer: int, rows_TX: Tensor) -> None:
         self.layers[layer].flatten(0, 1).index_copy_(0, self.slots_T, rows_TX.detach())
@@ -63,8 +66,10 @@ class Paged:
 class Context:
     """Rows bounds[i]:bounds[i + 1] are consecutive tokens of one sequence; `cu_seqlens` int32 has bounds on the device.
 
-    `positions_T` int64. `absorb` selects MLA's absorbed form (section 2.1.2). Every MoE layer appends to `routings`
-    where a list is given; balance losses and load statistics read it.
+    Over a cache they count the rows after `paged.num_absorbed`; without one, `absorb` selects MLA's absorbed form
+    (section 2.1.2). `positions_T` int64. Every MoE layer appends to `routings` where a list is given; balance losses
+    and load statistics read it. `side_stream` is where shared experts run beside the router: for steps inside a CUDA
+    graph, whose memory nothing else takes.
     """
 
     positions_T: Tensor
@@ -73,6 +78,7 @@ class Context:
     absorb: bool = False
     paged: Paged | None = None
     routings: list[Routing] | None = field(default=None, repr=False)
+    side_stream: torch.cuda.Stream | None = None
 
     @staticmethod
     def packed(cu_seqlens: Sequence[int], device: torch.device | str = "cpu", absorb: bool = False) -> Context:
@@ -90,7 +96,7 @@ class Context:
         past: Sequence[int],
         counts: Sequence[int],
         num_heads: int,
-        absorb: bool = False,
+        num_absorbed: int = 0,
     ) -> Context:
         """A step of counts[i] > 0 new tokens of sequences that have past[i] tokens in the pages `table_BP`[i].
 
@@ -98,32 +104,59 @@ class Context:
             layers: pages [num_pages, 64, X] of every layer.
             table_BP: [B, max_pages] int32 on the CPU; entries past a sequence's last token are not looked at.
             num_heads: of the model, by which a GPU's share of absorbed attention is measured.
+            num_absorbed: how many sequences, from the first on, attend in the absorbed form.
 
         The host computes, the device gets the results.
         """
-        device = layers[0].device
+        device, n = layers[0].device, num_absorbed
         sequence_T, positions_T = _rows(counts, past)
         slots_T = _slots(table_BP, sequence_T, positions_T)
-        lengths_B = torch.tensor(past) + torch.tensor(counts)
-        visible_S, plan = slots_T, None
-        if not absorb:
-            visible_S = torch.cat((_slots(table_BP, *_rows(past, [0] * len(past))), slots_T))
-        elif len(set(counts)) != 1 or counts[0] > MAX_QUERY_TOKENS:
+        num_rows = sum(counts[:n])
+        visible_S = torch.cat((_slots(table_BP[n:], *_rows(past[n:], [0] * len(past[n:]))), slots_T[num_rows:]))
+        lengths_B, page_table = torch.tensor(past[:n]) + torch.tensor(counts[:n]), table_BP[:n]
+        if len(set(counts[:n])) > 1 or counts[:1] > [MAX_QUERY_TOKENS]:
             # A sequence of its own for every row, whose history ends with the row.
-            table_BP, lengths_B = table_BP[sequence_T], positions_T + 1
-        lengths_B = lengths_B.to(device, torch.int32)
-        if absorb and device.type == "cuda":
-            num_rows = num_heads * len(positions_T) // max(len(lengths_B), 1)
-            plan = plan_decode(lengths_B, num_parts(num_rows, device))
-        context = _context(counts, positions_T, device, absorb)
+            page_table, lengths_B = table_BP[sequence_T[:num_rows]], positions_T[:num_rows] + 1
+        lengths_B = to_device(lengths_B.to(torch.int32), device)
+        context = _context(counts[n:], positions_T, device)
         context.paged = Paged(
             layers=layers,
-            slots_T=slots_T.to(device),
-            visible_S=visible_S.to(device),
-            cu_past=torch.tensor([0, *accumulate(past)], dtype=torch.int32, device=device),
-            page_table=table_BP.to(device),
+            slots_T=to_device(slots_T, device),
+            num_absorbed=num_rows,
+            page_table=to_device(page_table, device),
             lengths=lengths_B,
-            plan=plan,
+            plan=_plan(lengths_B, num_rows * num_heads),
+            visible_S=to_device(visible_S, device),
+            cu_past=to_device(torch.tensor([0, *accumulate(past[n:])], dtype=torch.int32), device),
+        )
+        return context
+
+    @staticmethod
+    def decode(
+        layers: Sequence[Tensor],
+        slots_B: Tensor,
+        page_table: Tensor,
+        positions_B: Tensor,
+        lengths: Tensor,
+        num_heads: int,
+    ) -> Context:
+        """A step of one row each of B histories, in the absorbed form, from what is on the device already.
+
+        Row b is at positions_B[b] int64 and is written to slots_B[b] int64; it sees lengths[b] int32 tokens, its own
+        included, through page_table[b]. A row of padding has slot -1 and length 0. Shapes decide everything that is
+        launched, so a CUDA graph can hold the step.
+        """
+        cu_seqlens = torch.zeros(1, dtype=torch.int32, device=positions_B.device)
+        context = Context(positions_B, (0,), cu_seqlens)
+        context.paged = Paged(
+            layers=layers,
+            slots_T=slots_B,
+            num_absorbed=len(slots_B),
+            page_table=page_table,
+            lengths=lengths,
+            plan=_plan(lengths, len(slots_B) * num_heads),
+            visible_S=slots_B[:0],
+            cu_past=cu_seqlens,
         )
         return context
 
@@ -151,6 +184,7 @@ class Cache:
         self.layers = [torch.empty(shape, device=device, dtype=dtype) for _ in range(cfg.num_layers)]
         self.page_table = torch.arange(num_pages, dtype=torch.int32).view(num_slots, -1)
         self.num_heads, self.capacity = cfg.num_heads, capacity
+        self._has_absorbed_form = cfg.attention.kind == "mla"
         self.lengths = [0] * num_slots
 
     @property
@@ -159,6 +193,8 @@ class Cache:
 
     def extend(self, num_new: Sequence[int], absorb: bool = False) -> Context:
         """Reserve `num_new[i]` tokens in slot i and return the context of the step that fills them.
+
+        `absorb` selects MLA's absorbed form, which GQA does not have.
 
         Raises ValueError, with nothing reserved, unless there is one count a slot and each fits.
         """
@@ -172,13 +208,21 @@ class Cache:
         slots = [slot for slot, new in enumerate(num_new) if new]
         past, counts = [self.lengths[slot] for slot in slots], [num_new[slot] for slot in slots]
         self.lengths = [length + new for length, new in zip(self.lengths, num_new, strict=True)]
-        return Context.cached(self.layers, self.page_table[slots], past, counts, self.num_heads, absorb)
+        num_absorbed = len(slots) if absorb and self._has_absorbed_form else 0
+        return Context.cached(self.layers, self.page_table[slots], past, counts, self.num_heads, num_absorbed)
 
 
-def _context(counts: Sequence[int], positions_T: Tensor, device: torch.device | str, absorb: bool) -> Context:
+def _context(counts: Sequence[int], positions_T: Tensor, device: torch.device | str, absorb: bool = False) -> Context:
     bounds = (0, *accumulate(counts))
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
-    return Context(positions_T.to(device), bounds, cu_seqlens, absorb)
+    cu_seqlens = to_device(torch.tensor(bounds, dtype=torch.int32), device)
+    return Context(to_device(positions_T, device), bounds, cu_seqlens, absorb)
+
+
+def _plan(lengths: Tensor, num_rows: int) -> DecodePlan | None:
+    """`num_rows`: query tokens times heads, of all sequences."""
+    if lengths.device.type != "cuda" or not len(lengths):
+        return None
+    return plan_decode(lengths, num_parts(num_rows // len(lengths), lengths.device))
 
 
 def _rows(counts: Sequence[int], first: Sequence[int]) -> tuple[Tensor, Tensor]:

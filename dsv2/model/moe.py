@@ -77,8 +77,16 @@ class MoE(nn.Module):
             self.shared_experts = SwiGLU(cfg.hidden_size, moe.shared_intermediate_size)
 
     def forward(self, h_TD: Tensor, context: Context) -> Tensor:
+        shared_TD = None
+        if self.moe.num_shared_experts and context.side_stream is None:
+            shared_TD = self.shared_experts(h_TD)
+        elif self.moe.num_shared_experts:
+            context.side_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(context.side_stream):
+                shared_TD = self.shared_experts(h_TD)
         routing = route(h_TD, self.gate.weight, self.moe)
         if context.routings is not None:
             context.routings.append(routing)
-        shared_TD = self.shared_experts(h_TD) if self.moe.num_shared_experts else None
+        if context.side_stream is not None:
+            torch.cuda.current_stream().wait_stream(context.side_stream)
         return self.experts(h_TD, routing.experts_TA, routing.gates_TA, shared_TD, routing.block_counts)

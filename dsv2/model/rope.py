@@ -6,6 +6,7 @@ attention that applies it.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from dsv2.config import RopeConfig, YarnConfig
 
 
+@functools.lru_cache(maxsize=16)
 def inverse_frequencies(rope: RopeConfig, dim: int, device: torch.device | str = "cpu") -> Tensor:
     """theta^(-2i/dim) for i < dim/2, stretched by YaRN where it applies. [dim/2] fp32, radians a token."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim

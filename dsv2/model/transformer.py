@@ -113,13 +113,22 @@ class Transformer(nn.Module):
         """Output projection of normalised hidden states, [T, W]."""
         return F.linear(hidden_TD, self.head_weight)
 
+    def join_projections(self) -> None:
+        """Lay matrices that multiply the same input side by side, so that inference reads them in one product.
+
+        The parameters stay the ones they are, with their values, names and shapes; only their memory moves.
+        """
+        for module in self.modules():
+            if isinstance(module, (MLA, SwiGLU)):
+                module.join()
+
     def _check(self, tokens_T: Tensor, context: Context) -> None:
         if tokens_T.dim() != 1:
             raise ValueError(f"tokens must be packed [T], got shape {tuple(tokens_T.shape)}")
         if tokens_T.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"tokens must be int64 ids, got {tokens_T.dtype}")
-        if context.bounds[-1] != len(tokens_T):
-            raise ValueError(f"the context describes {context.bounds[-1]} tokens, got {len(tokens_T)}")
+        if len(context.positions_T) != len(tokens_T):
+            raise ValueError(f"the context describes {len(context.positions_T)} tokens, got {len(tokens_T)}")
         if tokens_T.device.type == "cpu" and len(tokens_T):
             low, high = int(tokens_T.min()), int(tokens_T.max())
             if low < 0 or high >= self.cfg.vocab_size:

@@ -1,11 +1,14 @@
-"""The engine says what plain recomputation says, whatever it does in between: batching, chunks, preemption, sharing."""
+"""`LLM` end to end on small models: whom a draw depends on, what requests may ask for, texts, bad input and bad luck.
+
+Greedy output under any schedule is in test_schedules.
+"""
 
 from __future__ import annotations
 
-import random
+import dataclasses
 from collections import Counter
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,21 +17,18 @@ import dsv2
 from dsv2.config import EngineConfig
 from dsv2.config.engine import PAGE_SIZE
 from dsv2.engine.generate import Sampling, generate
-from dsv2.engine.llm import LLM, RequestOutput, find_stop
-from dsv2.engine.runner import CPU_CACHE_BYTES, Drawn, default_num_pages, page_bytes
+from dsv2.engine.llm import LLM
+from dsv2.engine.outputs import RequestOutput
+from dsv2.engine.runner import CPU_CACHE_BYTES, Drawn, Results, Ticket, default_num_pages, page_bytes
 from dsv2.engine.sampling import SamplingParams
 from dsv2.engine.scheduler import Step
 from dsv2.model import Transformer
 from dsv2.text import Tokenizer, encode_chat
+from tests.engine.recomputed import KINDS, Recorder, expected_of, get_model, prompts_of, recompute
 from tests.numerics import SMALL_MODELS, random_model
 
-KINDS = ["v2", "v2-lite", "llama", "mixtral"]
-NUM_HISTORIES = 5
-NUM_TOKENS = 70
 SHORT = [[5, 6, 7], [9], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-
-get_model = cache(lambda kind: random_model(SMALL_MODELS[kind](), seed=3))
 
 
 @pytest.fixture
@@ -50,117 +50,7 @@ def token_ids(outputs: list[RequestOutput]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
-@torch.inference_mode()
-def recompute(model: Transformer, prompt: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
-    """Greedy ids and their log-probabilities, the whole sequence through the model for every token."""
-    ids, log_probs = list(prompt), []
-    for _ in range(num_tokens):
-        log_probs_W = model(torch.tensor(ids))[-1].log_softmax(-1)
-        ids.append(int(log_probs_W.argmax()))
-        log_probs.append(float(log_probs_W.max()))
-    return ids[len(prompt) :], log_probs
-
-
 # The same function ------------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """Counts what the steps of an engine were like."""
-
-    def __init__(self, llm: LLM, seen: Counter[str]) -> None:
-        self.run_step, self.seen = llm.runner.run, seen
-        llm.runner.run = self.run
-
-    def run(self, step: Step) -> list[Drawn | None]:
-        counts = {entry.num_tokens for entry in step.entries}
-        self.seen["decodes of several sequences"] += counts == {1} and len(step.entries) > 1
-        self.seen["prefill beside decode"] += 1 in counts and max(counts) > 8
-        for entry in step.entries:
-            self.seen["chunks"] += not entry.samples
-            self.seen["steps of resumed sequences"] += entry.epoch > 0
-            self.seen["prefix hits"] += not entry.epoch and entry.start == entry.sequence.num_cached_tokens > 0
-        return self.run_step(step)
-
-
-@cache
-def prompts_of(kind: str) -> list[list[int]]:
-    """Short ones, and some that begin alike, near the bounds of pages."""
-    rng, vocab_size = random.Random(0), get_model(kind).cfg.vocab_size
-
-    def ids(count: int) -> list[int]:
-        return [rng.randrange(vocab_size) for _ in range(count)]
-
-    common = ids(PAGE_SIZE)
-    return [[7], ids(50), ids(62), common, common + ids(1), common + ids(59)]
-
-
-@cache
-def expected_of(kind: str) -> list[tuple[list[int], list[float]]]:
-    return [recompute(get_model(kind), prompt, NUM_TOKENS) for prompt in prompts_of(kind)]
-
-
-def check_history(kind: str, seed: int, seen: Counter[str]) -> None:
-    """A few calls to one engine of random limits."""
-    rng = random.Random(seed)
-    num_seqs = rng.randint(2, 5)
-    llm = LLM(
-        get_model(kind),
-        max_model_len=200,
-        max_num_seqs=num_seqs,
-        max_num_batched_tokens=rng.choice([9, 33, 70, 300]),
-        num_pages=rng.choice([4, 5, 5, 6, 20]),
-        enable_prefix_caching=rng.random() < 0.8,
-    )
-    Recorder(llm, seen)
-    for _ in range(rng.randint(1, 2)):
-        # Long outputs follow prompts of about a page, and grow into two more.
-        longest, choice = rng.choice([(9, range(6)), (NUM_TOKENS, range(2, 5))])
-        chosen = rng.choices(choice, k=rng.randint(3, 6))
-        params = [
-            SamplingParams(
-                temperature=0,
-                max_tokens=rng.choice([rng.randint(1, longest), longest, longest]),
-                ignore_eos=True,
-                stop_token_ids=rng.choice([[], [], [rng.choice(expected_of(kind)[i][0])]]),
-            )
-            for i in chosen
-        ]
-        outputs = llm.generate([prompts_of(kind)[i] for i in chosen], params)
-        for i, each, output in zip(chosen, params, outputs, strict=True):
-            check_output(output, prompts_of(kind)[i], expected_of(kind)[i], each, f"seed {seed}, prompt {i}")
-        assert llm.scheduler.pool.num_available == llm.scheduler.pool.num_pages
-
-
-def check_output(
-    output: RequestOutput,
-    prompt: list[int],
-    expected: tuple[list[int], list[float]],
-    params: SamplingParams,
-    where: str,
-) -> None:
-    ids, log_probs = expected
-    stops = [n for n, i in enumerate(ids, 1) if i in params.stop_token_ids]
-    num_tokens = min([*stops, params.max_tokens or NUM_TOKENS])
-    completion = output.outputs[0]
-    assert output.prompt_token_ids == prompt, where
-    assert completion.token_ids == ids[:num_tokens], where
-    assert completion.cumulative_logprob == pytest.approx(sum(log_probs[:num_tokens]), rel=1e-5), where
-    assert completion.finish_reason == ("stop" if num_tokens in stops else "length"), where
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_greedy_output_is_that_of_recomputing_everything_under_any_limits(kind):
-    seen: Counter[str] = Counter()
-    for seed in range(NUM_HISTORIES):
-        check_history(kind, seed, seen)
-    for what in (
-        "decodes of several sequences",
-        "prefill beside decode",
-        "chunks",
-        "steps of resumed sequences",
-        "prefix hits",
-    ):
-        assert seen[what] >= 5, f"{what}: {seen}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -218,6 +108,19 @@ def test_the_trainers_parameters_are_used_as_they_are_after_refresh():
     assert after == recompute(model, prompt, 8)[0] != before
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_speculation_changes_no_draw(kind):
+    prompts = [[*SHORT[2], 5, 6, 7] * 3, [9, 8] * 5, SHORT[0]]
+    # So cold, and from so few, that outputs repeat themselves.
+    params = SamplingParams(temperature=0.5, top_k=4, seed=2, max_tokens=40, ignore_eos=True, n=2)
+    answers, seen = [], Counter[str]()
+    for num_draft_tokens in (0, 4):
+        llm = small_llm(get_model(kind), num_draft_tokens=num_draft_tokens)
+        Recorder(llm.engine, seen)
+        answers.append([[c.token_ids for c in output.outputs] for output in llm.generate(prompts, params)])
+    assert answers[0] == answers[1] and seen["drafts"] > 20
+
+
 # What requests ask for --------------------------------------------------------------------------------------------
 
 
@@ -263,6 +166,51 @@ def test_bias_moves_the_choice_and_log_probabilities_stay_the_models_own(lite):
     outputs = llm.generate([SHORT[0]] * 2, [banned, SamplingParams(temperature=0, max_tokens=1)])
     assert token_ids(outputs)[0] != ids and token_ids(outputs)[1] == ids
     assert outputs[1].outputs[0].cumulative_logprob == pytest.approx(log_probs[0], rel=1e-5)
+
+
+def check_described(described: Any, token_id: int, log_probs_W: torch.Tensor, num_candidates: int) -> None:
+    """The token itself, then the most probable ones, as the model says."""
+    best = log_probs_W.topk(num_candidates)
+    ids = [token_id, *(i for i in best.indices.tolist() if i != token_id)]
+    assert list(described) == ids
+    for i, each in described.items():
+        assert each.logprob == pytest.approx(float(log_probs_W[i]), abs=1e-5)
+        assert each.rank == 1 + int((log_probs_W > log_probs_W[i]).sum())
+        assert each.decoded_token == ""
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 3])
+@torch.inference_mode()
+def test_log_probabilities_of_prompt_and_output_are_the_trainers(lite, num_draft_tokens):
+    llm = small_llm(lite, num_draft_tokens=num_draft_tokens, num_pages=6)
+    params = SamplingParams(
+        max_tokens=12, seed=1, top_k=3, ignore_eos=True, logprobs=3, prompt_logprobs=2, logit_bias={5: -9}, n=2
+    )
+    prompts = [SHORT[2], prompts_of("v2-lite")[5], [7]]
+    for output in llm.generate([*prompts, SHORT[1]], [params, params, params, GREEDY])[:3]:
+        prompt = output.prompt_token_ids
+        for completion in output.outputs:
+            log_probs_TW = lite(torch.tensor(prompt + completion.token_ids)).log_softmax(-1)
+            assert completion.logprobs is not None and len(completion.logprobs) == 12
+            for p, described in enumerate(completion.logprobs, len(prompt)):
+                check_described(described, completion.token_ids[p - len(prompt)], log_probs_TW[p - 1], 3)
+        assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == len(prompt)
+        assert output.prompt_logprobs[0] is None
+        for p, described in enumerate(output.prompt_logprobs[1:], 1):
+            check_described(described, prompt[p], log_probs_TW[p - 1], 2)
+
+
+def test_log_probabilities_come_where_they_are_asked_for(lite):
+    outputs = small_llm(lite).generate(SHORT[:2], [GREEDY, dataclasses.replace(GREEDY, logprobs=0)])
+    assert [output.prompt_logprobs for output in outputs] == [None, None]
+    plain, described = (output.outputs[0] for output in outputs)
+    assert plain.logprobs is None and described.logprobs is not None
+    assert [list(each) for each in described.logprobs] == [[i] for i in described.token_ids]
+
+
+def test_prompt_tokens_found_in_the_cache_are_counted(lite):
+    llm, prompt = small_llm(lite), prompts_of("v2-lite")[5]
+    assert [llm.generate(prompt, GREEDY)[0].num_cached_tokens for _ in range(2)] == [0, PAGE_SIZE]
 
 
 def penalised(model: Transformer, prompt: list[int], num_tokens: int) -> list[int]:
@@ -311,10 +259,16 @@ def scripted(text: str, **changes: Any) -> LLM:
     cfg = SMALL_MODELS["llama"]().replace(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id)
     llm = small_llm(random_model(cfg), tokenizer=tokenizer, **changes)
 
-    def run(step: Step) -> list[Drawn | None]:
-        return [Drawn(script[e.sequence.num_output_tokens], -1.0) if e.samples else None for e in step.entries]
+    class Scripted:
+        def __init__(self, step: Step, *args: Any) -> None:
+            numbers = [e.start + e.num_tokens - e.sequence.num_prompt_tokens if e.samples else -1 for e in step.entries]
+            drawn = [[Drawn(script[min(i, len(script) - 1)], -1.0)] if i >= 0 else [] for i in numbers]
+            self._results = Results(drawn, [None] * len(drawn))
 
-    llm.runner.run = run
+        def results(self) -> Results:
+            return self._results
+
+    cast(Any, llm.engine.runner).launch = Scripted
     return llm
 
 
@@ -345,29 +299,34 @@ def test_text_ends_where_stop_strings_stop_tokens_and_lengths_say(changes, text,
     (output,) = llm.generate("a", SamplingParams(**({"max_tokens": 60} | changes)))
     assert (output.outputs[0].text, output.outputs[0].finish_reason) == (text, reason)
     assert output.outputs[0].cumulative_logprob == -len(output.outputs[0].token_ids)
-    assert llm.scheduler.pool.num_available == llm.scheduler.pool.num_pages
-
-
-@pytest.mark.parametrize(
-    ("text", "num_before", "stops", "bounds"),
-    [
-        ("abc", 0, ["abc", "b"], (1, 2)),
-        ("abc", 0, ["bc", "c"], (1, 3)),
-        ("abcb", 2, ["b"], (3, 4)),
-        ("abab", 3, ["ab"], (2, 4)),
-        ("ab", 2, ["ab"], None),
-        ("", 0, ["a"], None),
-        ("abc", 0, [], None),
-    ],
-)
-def test_the_first_stop_string_to_be_complete_is_found(text, num_before, stops, bounds):
-    assert find_stop(text, num_before, stops) == bounds
+    assert llm.engine.scheduler.pool.num_available == llm.engine.scheduler.pool.num_pages
 
 
 def test_a_stop_string_ends_its_sequence_only():
     params = [SamplingParams(max_tokens=60, stop=stop) for stop in ("two", (), "four")]
     outputs = scripted(TEXT).generate(["a", "b", "c"], params)
     assert [output.outputs[0].text for output in outputs] == ["one, ", TEXT, "one, two; 三 😀 "]
+
+
+def test_what_ended_an_answer_is_said():
+    params = [
+        SamplingParams(max_tokens=60),
+        SamplingParams(max_tokens=3),
+        SamplingParams(max_tokens=60, stop=["x", "two"]),
+        SamplingParams(max_tokens=60, stop_token_ids=get_tokenizer().encode(",")),
+    ]
+    outputs = scripted(TEXT).generate(["a"] * 4, params)
+    assert [output.outputs[0].stop_reason for output in outputs] == [None, None, "two", *params[3].stop_token_ids]
+
+
+def test_progress_is_shown_where_it_is_asked_for(capsys):
+    llm = scripted(TEXT)
+    llm.generate(["a", "b"])
+    llm.chat([{"role": "user", "content": "fox?"}])
+    assert capsys.readouterr() == ("", "")
+    llm.generate(["a", "b"], progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "100%" in err and "tokens/s" in err
 
 
 def test_prompts_of_text_and_of_ids_and_conversations_are_understood():
@@ -407,8 +366,6 @@ def test_a_checkpoint_on_disk_is_read_with_its_tokenizer(tmp_path):
         ([[1, 2], [0.5]], GREEDY, "prompt must be token ids"),
         ([[1, 2], [3]], [GREEDY], "1 sampling params for 2 prompts"),
         ([1, 2], SamplingParams(stop="x"), "stop is text, which needs a tokenizer"),
-        ([1, 2], SamplingParams(logprobs=0), "logprobs=0 is not supported yet"),
-        ([1, 2], SamplingParams(prompt_logprobs=3), "prompt_logprobs=3 is not supported yet"),
         ([1, 2], SamplingParams(logit_bias={512: 1}), "logit_bias: id 512 is outside the vocabulary of 512"),
     ],
 )
@@ -416,8 +373,28 @@ def test_what_cannot_be_answered_is_refused_and_nothing_stays_behind(lite, promp
     llm = small_llm(lite, num_pages=2)
     with pytest.raises(ValueError, match=message):
         llm.generate(prompts, params)
-    assert not llm.scheduler.has_unfinished
+    assert not llm.engine.scheduler.has_unfinished
     assert token_ids(llm.generate([SHORT[0]], GREEDY)) == [recompute(lite, SHORT[0], 8)[0]]
+
+
+def test_an_engine_with_requests_of_others_is_left_alone(lite):
+    llm = small_llm(lite)
+    llm.engine.add(SHORT[0], GREEDY, "other")
+    with pytest.raises(ValueError, match="the engine has requests of others"):
+        llm.generate(SHORT[1], GREEDY)
+    assert (
+        sum((delta.token_ids for _ in range(8) for delta in llm.engine.step()), []) == recompute(lite, SHORT[0], 8)[0]
+    )
+
+
+def test_what_failed_before_a_call_is_no_part_of_it(lite, monkeypatch):
+    llm = small_llm(lite)
+    llm.engine.add(SHORT[0], GREEDY, "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(Ticket, "results", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llm.engine.step()
+    assert token_ids(llm.generate(SHORT[1], GREEDY)) == [recompute(lite, SHORT[1], 8)[0]]
 
 
 def test_no_prompts_give_no_outputs(lite):
@@ -433,6 +410,7 @@ def test_an_empty_text_is_refused():
     ("changes", "message"),
     [
         ({"max_model_len": 1}, "engine.max_model_len=1 must be at least 2"),
+        ({"num_draft_tokens": 8}, r"engine.num_draft_tokens=8 must be in 0\.\.7"),
         ({"num_pages": 0}, "engine.num_pages=0 must be positive"),
         ({"dtype": "bfloat16"}, "dtype=torch.bfloat16 is not the model's, which is torch.float32"),
         ({"dtype": "int3"}, "dtype 'int3' must be one of"),
@@ -450,22 +428,26 @@ def test_chat_without_a_tokenizer_is_refused(lite):
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 4])
-def test_an_interrupted_call_leaves_a_working_engine(lite, num_steps):
+@pytest.mark.parametrize("where", ["launch", "results"])
+def test_an_interrupted_call_leaves_a_working_engine(lite, monkeypatch, where, num_steps):
     llm = small_llm(lite, max_num_batched_tokens=40)
-    run, remaining = llm.runner.run, iter(range(num_steps))
+    remaining = iter(range(num_steps))
+    owner = llm.engine.runner if where == "launch" else Ticket
+    call = getattr(owner, where)
 
-    def interrupted(step: Step) -> list[Drawn | None]:
+    def interrupted(*args: Any) -> Any:
         if next(remaining, None) is None:
             raise KeyboardInterrupt
-        return run(step)
+        return call(*args)
 
-    llm.runner.run = interrupted
+    monkeypatch.setattr(owner, where, interrupted)
     prompts = prompts_of("v2-lite")[3:]
     with pytest.raises(KeyboardInterrupt):
         llm.generate(prompts, GREEDY)
-    assert llm.scheduler.pool.num_available == llm.scheduler.pool.num_pages
-    assert not llm.scheduler.num_in_flight
-    llm.runner.run = run
+    scheduler = llm.engine.scheduler
+    assert scheduler.pool.num_available == scheduler.pool.num_pages
+    assert not scheduler.num_in_flight and not llm.engine.has_unfinished
+    monkeypatch.undo()
     assert token_ids(llm.generate(prompts, GREEDY)) == [ids[:8] for ids, _ in expected_of("v2-lite")[3:]]
 
 
@@ -473,6 +455,6 @@ def test_the_cache_is_one_allocation_as_large_as_needed_and_at_most_1_gb_on_the_
     assert default_num_pages(lite, EngineConfig(max_model_len=130, max_num_seqs=5)) == 15
     largest = default_num_pages(lite, EngineConfig(max_model_len=163840))
     assert largest * page_bytes(lite) <= CPU_CACHE_BYTES < (largest + 1) * page_bytes(lite)
-    cache_LPX = small_llm(lite, num_pages=3).runner.cache_LPX
+    cache_LPX = small_llm(lite, num_pages=3).engine.runner.cache_LPX
     assert cache_LPX.shape[:3] == (lite.cfg.num_layers, 3, PAGE_SIZE)
     assert cache_LPX.nbytes == 3 * page_bytes(lite)

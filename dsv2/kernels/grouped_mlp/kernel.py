@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dsv2.kernels.backend import unit_stride
+from dsv2.kernels.backend import joined, unit_stride
 from dsv2.kernels.permute.kernel import combine_rows, gather_rows, sort_rows
 from dsv2.kernels.swiglu.kernel import swiglu, swiglu_packed
 
@@ -318,9 +318,13 @@ def _all_rows(T: int, device: torch.device) -> Tensor:
 
 
 def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    if len(x) > MAX_DENSE_TOKENS or _wants_gradients(x, gate, up, down):
+    if _wants_gradients(x, gate, up, down):
         return F.linear(swiglu(F.linear(x, gate), F.linear(x, up)), down)
-    return _dense(x, gate, up, down)
+    if len(x) <= MAX_DENSE_TOKENS:
+        return _dense(x, gate, up, down)
+    if (gate_up := joined(gate, up)) is not None:
+        return F.linear(swiglu_packed(F.linear(x, gate_up)), down)
+    return F.linear(swiglu(F.linear(x, gate), F.linear(x, up)), down)
 
 
 def _wants_gradients(*tensors: Tensor | None) -> bool:
