@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from dsv2.kernels import route as room
 from dsv2.kernels.route import kernel, reference
+from dsv2.kernels.route.tiles import part_tiles
 from tests.numerics import assert_close, rel_err
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-IMPLEMENTATIONS = pytest.mark.parametrize("run", [kernel.route, reference.route], ids=["kernel", "reference"])
 V2 = {"experts_per_token": 6, "num_groups": 8, "groups_per_token": 3, "scaling": 16.0}
 
 
@@ -22,6 +25,25 @@ def draw(T: int = 40, D: int = 24, E: int = 16, dtype: torch.dtype = torch.float
     generator = torch.Generator().manual_seed(0)
     h, weight = torch.randn(T, D, generator=generator), torch.randn(E, D, generator=generator) / D**0.5
     return h.to(DEVICE, dtype), weight.to(DEVICE, dtype)
+
+
+def launched(run: Callable[..., Any], *arguments: Any, one: bool, **options: Any) -> Any:
+    """What `run` returns where the kernel routes in one launch, or else in parts, whatever the number of tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "in_one_launch", lambda *sizes: one)
+        return run(*arguments, **options)
+
+
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "run",
+    [partial(launched, kernel.route, one=True), partial(launched, kernel.route, one=False), reference.route],
+    ids=["kernel", "parts", "reference"],
+)
+DTYPES = pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, needs_gpu])],
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
 
 
 # Choices ----------------------------------------------------------------------------------------------------------
@@ -115,11 +137,7 @@ def test_tokens_of_nan_or_infinity_choose_experts_that_exist_and_harm_no_other(r
 # A token depends on itself alone ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, needs_gpu])],
-    ids=lambda dtype: str(dtype).removeprefix("torch."),
-)
+@DTYPES
 def test_a_token_gets_the_same_bits_wherever_it_stands(dtype: torch.dtype) -> None:
     """Among few tokens and among so many that the launch is another one."""
     h, weight = draw(T=2 * room.ROUTE_BLOCK + 5, D=272, E=20, dtype=dtype)
@@ -129,6 +147,50 @@ def test_a_token_gets_the_same_bits_wherever_it_stands(dtype: torch.dtype) -> No
     for t in (0, 1, 17, room.ROUTE_BLOCK, len(many) - 1):
         for alone, together in zip(kernel.route(many[t : t + 1], weight, **options)[:3], expected, strict=True):
             assert torch.equal(alone[0], together[t])
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("T", "D", "E", "options"),
+    [
+        (1, 600, 64, {"experts_per_token": 6}),
+        (37, 513, 20, {"experts_per_token": 4, "normalize": True}),
+        (3, 300, 160, V2),
+        (34, 520, 160, V2 | {"normalize": True}),
+        (2, 2100, 5, {"experts_per_token": 2}),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else str(value),
+)
+def test_one_launch_and_parts_give_the_same_bits(
+    T: int, D: int, E: int, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU in parts of every shape; numpy, which interprets, rounds alike in products of one shape alone."""
+    if DEVICE == "cpu":
+        BE = max(triton.next_power_of_2(E), 16)
+        monkeypatch.setattr(kernel, "part_tiles", lambda *sizes: part_tiles(*sizes) | {"BE": BE})
+    for times in (1, 2, 5, 20, 80) if DEVICE == "cuda" else (1,):
+        h, weight = draw(T=times * T, D=D, E=E, dtype=dtype)
+        whole, parts = (launched(kernel.route, h, weight, one=one, **options) for one in (True, False))
+        for of_whole, of_parts in zip(whole, parts, strict=True):
+            assert torch.equal(of_whole, of_parts)
+
+
+def test_the_order_of_experts_changes_no_bit_of_a_score() -> None:
+    """Logits that are exact in any order leave the softmax: its sum must not depend on how threads share a row."""
+    generator = torch.Generator().manual_seed(0)
+    h, weight = (torch.randint(-4, 5, (n, 24), generator=generator).to(DEVICE) / 8.0 for n in (40, 160))
+    order = torch.randperm(160, generator=generator).to(DEVICE)
+    scores, shuffled = (kernel.route(h, w, **V2)[0] for w in (weight, weight[order]))
+    assert torch.equal(scores[:, order], shuffled)
+    assert rel_err(scores, (h.double() @ weight.double().T).softmax(-1)) <= 5e-7
+
+
+@pytest.mark.parametrize(("D", "E"), [(2048, 64), (5120, 160)])
+def test_no_part_is_multiplied_by_instructions_of_warp_groups(D: int, E: int) -> None:
+    """64 rows and four warps call for them; one launch has fewer rows, and its sums need not round alike."""
+    for T in range(1, 2049):
+        tile = part_tiles(T, D, E, ieee=False)
+        assert tile["BT"] < 64 or tile["num_warps"] < 4
 
 
 # Gradients --------------------------------------------------------------------------------------------------------

@@ -29,12 +29,16 @@ def _ties(T: int, D: int, E: int, A: int, **options: Any) -> Inputs:
     return make
 
 
-def _views(maker: Maker) -> dict[str, Any]:
+def _views(D: int) -> Inputs:
     """Rows inside wider ones, with NaN beside them."""
-    h, weight = maker.normal(5, 48), maker.normal(7, 48)
-    for x in (h, weight):
-        x[:, :8], x[:, 40:] = float("nan"), float("nan")
-    return {"h": h[:, 8:40], "weight": weight[:, 8:40], "experts_per_token": 2}
+
+    def make(maker: Maker) -> dict[str, Any]:
+        h, weight = maker.normal(5, D + 16), maker.normal(7, D + 16, std=D**-0.5)
+        for x in (h, weight):
+            x[:, :8], x[:, D + 8 :] = float("nan"), float("nan")
+        return {"h": h[:, 8 : D + 8], "weight": weight[:, 8 : D + 8], "experts_per_token": 2}
+
+    return make
 
 
 def _nan_rows(maker: Maker) -> dict[str, Any]:
@@ -57,17 +61,22 @@ BOTH = ("h", "weight")
 CASES = (
     Case(name="v2", inputs=_inputs(3, 64, 160, 6, **_V2), gradients=BOTH),
     Case(name="v2-normalized", inputs=_inputs(3, 40, 160, 6, **_V2, normalize=True), gradients=BOTH),
+    Case(name="v2-parts", inputs=_inputs(37, 530, 160, 6, **_V2), gradients=BOTH),
     Case(name="v2-ties", inputs=_ties(4, 3, 160, 6, **_V2), gradients=BOTH),
     *(
         Case(name=f"T{T}-D{D}-E{E}-A{A}", inputs=_inputs(T, D, E, A), gradients=BOTH)
         for T, D, E, A in ((1, 256, 64, 6), (63, 40, 8, 2), (64, 8, 16, 1), (65, 100, 5, 5), (33, 136, 256, 8))
+    ),
+    *(
+        Case(name=f"parts-T{T}-D{D}-E{E}-A{A}", inputs=_inputs(T, D, E, A), gradients=BOTH)
+        for T, D, E, A in ((1, 257, 64, 6), (5, 300, 129, 1), (33, 513, 20, 4), (2, 2049, 8, 3))
     ),
     Case(name="normalized", inputs=_inputs(33, 24, 5, 3, normalize=True, scaling=3.0), gradients=BOTH),
     Case(name="normalized-one", inputs=_inputs(3, 24, 5, 1, normalize=True, scaling=3.0), gradients=BOTH),
     Case(name="ties", inputs=_ties(33, 4, 12, 4), gradients=BOTH),
     Case(name="ties-groups", inputs=_ties(33, 4, 12, 4, num_groups=4, groups_per_token=2), gradients=BOTH),
     Case(name="all-groups", inputs=_inputs(3, 16, 6, 6, num_groups=3, groups_per_token=3), gradients=BOTH),
-    Case(name="views", inputs=_views, gradients=BOTH),
+    *(Case(name=f"views-D{D}", inputs=_views(D), gradients=BOTH) for D in (32, 264)),
     Case(name="mixed-dtypes", inputs=_mixed, gradients=BOTH),
     # numpy, which interprets, warns of any NaN in a product; `test_route` has a like case for it.
     Case(name="nan-rows", inputs=_nan_rows, dtypes=()),
@@ -101,6 +110,7 @@ def _benchmark(T: int, D: int, E: int, *, backward: bool = False, **options: Any
         gradients=BOTH,
         backward=backward,
         baselines={"torch": plain},
+        target_us=None if backward or T > 512 else 6.0 if E <= 64 else 10.0,
     )
 
 

@@ -1,6 +1,9 @@
-"""Routing in Triton: one launch forward, from the fp32 gate to the counts; backward gives the gradient of the logits.
+"""Routing in Triton: the fp32 gate in one launch or in parts; backward gives the gradient of the logits.
 
-One block of tokens and one order of additions for every number of tokens: a token's bits depend on itself alone.
+Logits are sums of chunks of channels, (p_0 + p_1) + p_2 and so on, each p added up from zero. Many tokens are routed in
+one launch, whose programs go through all of D. With few, that leaves most of the GPU idle: a first launch computes the
+p of all chunks at once, a second adds them and chooses, and where it cuts the blocks of tokens a third counts. All of
+them do the same additions in the same order, in blocks of any size: a token's bits depend on itself alone.
 """
 
 from __future__ import annotations
@@ -9,80 +12,215 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv2.kernels.backend import unit_stride
+from dsv2.kernels.backend import HOPPER, capability, unit_stride
 from dsv2.kernels.route.reference import ROUTE_BLOCK
+from dsv2.kernels.route.tiles import chunk_of, in_one_launch, part_tiles, tiles, tokens_a_program
 
 MAX_EXPERTS = 256
-"""The logits of a block of tokens stay in registers."""
+"""The logits of a block of tokens stay in registers, and `_row_sum` is exact."""
 
-NOT_A_NUMBER = tl.constexpr(-1.0)
+NOT_A_NUMBER = tl.constexpr(-1)
 """Ranks below every score: a row of NaN still chooses experts that exist, the lowest first."""
-NOT_ELIGIBLE = tl.constexpr(-2.0)
-TAKEN = tl.constexpr(-3.0)
+NOT_ELIGIBLE = tl.constexpr(-2)
+TAKEN = tl.constexpr(-3)
+
+
+@triton.jit
+def _add_product(b_sum, p_h, p_w, m_t, m_e, i_k, D, IEEE: tl.constexpr, BK: tl.constexpr):
+    """b_sum [BT, BE] plus the product over BK channels of the rows at p_h [BT, 1] and p_w [1, BE]."""
+    o_k = i_k + tl.arange(0, BK)
+    m_k = o_k < D
+    b_h = tl.load(p_h + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)
+    b_w = tl.load(p_w + o_k[:, None], mask=m_k[:, None] & m_e[None, :], other=0.0)
+    if IEEE:
+        b_sum = tl.dot(b_h.to(tl.float32), b_w.to(tl.float32), b_sum, input_precision="ieee")
+    else:
+        b_sum = tl.dot(b_h, b_w, b_sum)
+    return b_sum
+
+
+@triton.jit
+def _row_sum(x):
+    """Sums of rows of at most 256 numbers from 0 to 1, in fp32 and yet the same in every order of additions.
+
+    Multiples of 2^-15, and what they leave as multiples of 2^-31, add up without rounding.
+    """
+    b_high = (x + 256.0) - 256.0
+    b_low = ((x - b_high) + 1.5 * 2.0**-8) - 1.5 * 2.0**-8
+    return tl.sum(b_high, 1) + tl.sum(b_low, 1)
+
+
+@triton.jit
+def _best(b_rank, o_e, BE: tl.constexpr):
+    """The highest rank of each row, and the lowest expert of that rank."""
+    b_best = tl.max(b_rank, 1)
+    return b_best, tl.min(tl.where(b_rank == b_best[:, None], o_e[None, :], BE), 1)
+
+
+@triton.jit
+def _choose(
+    b_logits, scores, experts, gates, counts, i_b, T, scaling, E: tl.constexpr, A: tl.constexpr,
+    EXPERTS_A_GROUP: tl.constexpr, GROUPS_A_TOKEN: tl.constexpr, NORMALIZE: tl.constexpr, BA: tl.constexpr,
+    BT: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """From the logits [BT, BE] of the i_b-th BT tokens to their scores, experts, gates and (unless None) counts.
+
+    No bit depends on how threads share the block: maxima and sums of integers have no order, `_row_sum` needs none.
+    """
+    i_t = i_b.to(tl.int64) * BT
+    o_t = tl.arange(0, BT)
+    o_e = tl.arange(0, BE)
+    o_a = tl.arange(0, BA)
+    m_t = o_t < T - i_b * BT
+    m_e = o_e < E
+
+    # [BT, BE]
+    b_logits = tl.where(m_e[None, :], b_logits, float("-inf"))
+    b_exp = tl.exp(b_logits - tl.max(b_logits, 1)[:, None])
+    b_scores = b_exp * (1.0 / _row_sum(b_exp))[:, None]
+    tl.store(scores + i_t * E + o_t[:, None] * E + o_e[None, :], b_scores, mask=m_t[:, None] & m_e[None, :])
+
+    # Numbers from zero up rank as their bits do, read as integers, whose maximum over a warp is one instruction.
+    b_rank = tl.where(b_scores >= 0, b_scores.to(tl.int32, bitcast=True), NOT_A_NUMBER)
+    b_rank = tl.where(m_e[None, :], b_rank, NOT_ELIGIBLE)
+    if EXPERTS_A_GROUP < E:
+        # The best expert of all lies in the best group, since a group scores its maximum; then the next group's.
+        b_rest = b_rank
+        for _ in range(GROUPS_A_TOKEN):
+            _, b_e = _best(b_rest, o_e, BE)
+            m_group = (o_e // EXPERTS_A_GROUP)[None, :] == (b_e // EXPERTS_A_GROUP)[:, None]
+            b_rest = tl.where(m_group, TAKEN, b_rest)
+        b_rank = tl.where(b_rest == TAKEN, b_rank, NOT_ELIGIBLE)
+
+    # [BT, BA]
+    b_chosen = tl.zeros([BT, BA], dtype=tl.int32)
+    b_experts = tl.zeros([BT, BA], dtype=tl.int32)
+    b_total = tl.zeros([BT], dtype=tl.float32)
+    for i_a in range(A):
+        b_best, b_e = _best(b_rank, o_e, BE)
+        b_rank = tl.where(o_e[None, :] == b_e[:, None], TAKEN, b_rank)
+        b_chosen = tl.where(o_a[None, :] == i_a, b_best[:, None], b_chosen)
+        b_experts = tl.where(o_a[None, :] == i_a, b_e[:, None], b_experts)
+        b_total += b_best.to(tl.float32, bitcast=True)
+    b_gates = tl.where(b_chosen >= 0, b_chosen.to(tl.float32, bitcast=True), float("nan"))
+    b_gates = b_gates / b_total[:, None] if NORMALIZE else b_gates * scaling
+    o_ta = o_t[:, None] * A + o_a[None, :]
+    m_a = m_t[:, None] & (o_a < A)[None, :]
+    tl.store(gates + i_t * A + o_ta, b_gates, mask=m_a)
+    tl.store(experts + i_t * A + o_ta, b_experts.to(tl.int64), mask=m_a)
+    if counts is not None:
+        b_counts = tl.sum(((b_rank == TAKEN) & m_t[:, None]).to(tl.int32), 0)
+        tl.store(counts + i_b.to(tl.int64) * E + o_e, b_counts, mask=m_e)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _route_fwd_kernel(
     h, w, scores, experts, gates, counts, stride_h, stride_w, T, D, scaling,
     E: tl.constexpr, A: tl.constexpr, EXPERTS_A_GROUP: tl.constexpr, GROUPS_A_TOKEN: tl.constexpr,
-    NORMALIZE: tl.constexpr, IEEE: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BA: tl.constexpr,
-    BK: tl.constexpr,
+    NORMALIZE: tl.constexpr, BA: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, CHUNK: tl.constexpr,
+    IEEE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """BT tokens from hidden states to counts."""
     i_b = tl.program_id(0)
-    i_t = i_b.to(tl.int64) * BT
     o_t = tl.arange(0, BT)
     o_e = tl.arange(0, BE)
-    o_k = tl.arange(0, BK)
-    o_a = tl.arange(0, BA)
-    m_t = o_t < T - i_b * BT
-    m_e = o_e < E
-
+    p_h = h + (i_b.to(tl.int64) * BT + o_t)[:, None] * stride_h
+    p_w = w + o_e[None, :].to(tl.int64) * stride_w
     # [BT, BE]
     b_logits = tl.zeros([BT, BE], dtype=tl.float32)
-    p_h = h + i_t * stride_h + o_t[:, None].to(tl.int64) * stride_h + o_k[None, :]
-    p_w = w + o_e[None, :].to(tl.int64) * stride_w + o_k[:, None]
+    b_part = tl.zeros([BT, BE], dtype=tl.float32)
     for i_k in range(0, D, BK):
-        m_k = o_k < D - i_k
-        b_h = tl.load(p_h + i_k, mask=m_t[:, None] & m_k[None, :], other=0.0)
-        b_w = tl.load(p_w + i_k, mask=m_k[:, None] & m_e[None, :], other=0.0)
-        if IEEE:
-            b_logits = tl.dot(b_h.to(tl.float32), b_w.to(tl.float32), b_logits, input_precision="ieee")
-        else:
-            b_logits = tl.dot(b_h, b_w, b_logits)
+        b_part = _add_product(b_part, p_h, p_w, o_t < T - i_b * BT, o_e < E, i_k, D, IEEE, BK)
+        if (i_k + BK) % CHUNK == 0:
+            b_logits += b_part
+            b_part = tl.zeros([BT, BE], dtype=tl.float32)
+    _choose(
+        b_logits + b_part, scores, experts, gates, counts, i_b, T, scaling,
+        E, A, EXPERTS_A_GROUP, GROUPS_A_TOKEN, NORMALIZE, BA, BT, BE,
+    )  # fmt: skip
 
-    b_logits = tl.where(m_e[None, :], b_logits, float("-inf"))
-    b_exp = tl.exp(b_logits - tl.max(b_logits, 1)[:, None])
-    b_scores = b_exp / tl.sum(b_exp, 1)[:, None]
-    tl.store(scores + i_t * E + o_t[:, None] * E + o_e[None, :], b_scores, mask=m_t[:, None] & m_e[None, :])
 
-    b_rank = tl.where(b_scores >= 0, b_scores, NOT_A_NUMBER)
-    b_rank = tl.where(m_e[None, :], b_rank, NOT_ELIGIBLE)
-    if EXPERTS_A_GROUP < E:
-        # The best expert of all lies in the best group, since a group scores its maximum; then the next group's.
-        b_rest = b_rank
-        for _ in range(GROUPS_A_TOKEN):
-            _, b_e = tl.max(b_rest, 1, return_indices=True, return_indices_tie_break_left=True)
-            m_group = (o_e // EXPERTS_A_GROUP)[None, :] == (b_e // EXPERTS_A_GROUP)[:, None]
-            b_rest = tl.where(m_group, TAKEN, b_rest)
-        b_rank = tl.where(b_rest == TAKEN, b_rank, NOT_ELIGIBLE)
+@triton.jit(do_not_specialize=["T"])
+def _parts_kernel(
+    h, w, parts, stride_h, stride_w, T, D, E: tl.constexpr, CHUNK: tl.constexpr, IEEE: tl.constexpr,
+    BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The product over one chunk of BT tokens and BE experts."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    i_c = tl.program_id(1)
+    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    o_e = tl.program_id(2) * BE + tl.arange(0, BE)
+    p_h = h + o_t[:, None].to(tl.int64) * stride_h
+    p_w = w + o_e[None, :].to(tl.int64) * stride_w
+    # [BT, BE]
+    b_part = tl.zeros([BT, BE], dtype=tl.float32)
+    for i_k in range(i_c * CHUNK, i_c * CHUNK + CHUNK, BK):
+        b_part = _add_product(b_part, p_h, p_w, o_t < T, o_e < E, i_k, D, IEEE, BK)
+    p_parts = parts + (i_c.to(tl.int64) * T + o_t)[:, None] * E + o_e[None, :]
+    tl.store(p_parts, b_part, mask=(o_t < T)[:, None] & (o_e < E)[None, :])
 
-    # [BT, BA]
-    b_gates = tl.zeros([BT, BA], dtype=tl.float32)
-    b_experts = tl.zeros([BT, BA], dtype=tl.int32)
-    for i_a in range(A):
-        b_best, b_e = tl.max(b_rank, 1, return_indices=True, return_indices_tie_break_left=True)
-        b_rank = tl.where(o_e[None, :] == b_e[:, None], TAKEN, b_rank)
-        b_gates = tl.where(o_a[None, :] == i_a, b_best[:, None], b_gates)
-        b_experts = tl.where(o_a[None, :] == i_a, b_e[:, None], b_experts)
-    b_gates = tl.where(b_gates >= 0, b_gates, float("nan"))
-    b_gates = b_gates / tl.sum(b_gates, 1)[:, None] if NORMALIZE else b_gates * scaling
-    o_ta = o_t[:, None] * A + o_a[None, :]
-    m_a = m_t[:, None] & (o_a < A)[None, :]
-    tl.store(gates + i_t * A + o_ta, b_gates, mask=m_a)
-    tl.store(experts + i_t * A + o_ta, b_experts.to(tl.int64), mask=m_a)
-    b_counts = tl.sum(((b_rank == TAKEN) & m_t[:, None]).to(tl.int32), 0)
-    tl.store(counts + i_b.to(tl.int64) * E + o_e, b_counts, mask=m_e)
+
+@triton.jit
+def _add_parts(parts, i_b, i_e, T, E: tl.constexpr, CHUNKS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr):
+    """The logits [BT, BE] of the i_b-th BT tokens and the experts from i_e."""
+    i_t = i_b.to(tl.int64) * BT
+    o_t = tl.arange(0, BT)[:, None]
+    o_e = i_e + tl.arange(0, BE)[None, :]
+    b_logits = tl.zeros([BT, BE], dtype=tl.float32)
+    for i_c in tl.static_range(CHUNKS):
+        p_part = parts + (i_c * T.to(tl.int64) + i_t) * E
+        b_logits += tl.load(p_part + o_t * E + o_e, mask=(o_t < T - i_b * BT) & (o_e < E), other=0.0)
+    return b_logits
+
+
+@triton.jit(do_not_specialize=["T"])
+def _choose_kernel(
+    parts, scores, experts, gates, counts, T, scaling,
+    E: tl.constexpr, A: tl.constexpr, EXPERTS_A_GROUP: tl.constexpr, GROUPS_A_TOKEN: tl.constexpr,
+    NORMALIZE: tl.constexpr, BA: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, CHUNKS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """BT tokens from the parts of their logits to gates, and to counts where BT tokens are what is counted together."""
+    if PDL:
+        # Launched while the one before still runs, to save the gap between two launches.
+        gdc_wait()
+        gdc_launch_dependents()
+    i_b = tl.program_id(0)
+    if BE <= 128:
+        b_logits = _add_parts(parts, i_b, 0, T, E, CHUNKS, BT, BE)
+    else:
+        # Loaded as one, a token would lie in two warps, and every maximum would take barriers.
+        b_left = _add_parts(parts, i_b, 0, T, E, CHUNKS, BT, BE // 2)
+        b_right = _add_parts(parts, i_b, BE // 2, T, E, CHUNKS, BT, BE // 2)
+        b_logits = tl.permute(tl.join(b_left, b_right), (0, 2, 1)).reshape(BT, BE)
+    _choose(
+        b_logits, scores, experts, gates, counts, i_b, T, scaling,
+        E, A, EXPERTS_A_GROUP, GROUPS_A_TOKEN, NORMALIZE, BA, BT, BE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def _count_kernel(
+    experts, counts, T, E: tl.constexpr, A: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BR: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """How often BT tokens chose each of BE experts."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    i_b = tl.program_id(0)
+    o_e = tl.program_id(1) * BE + tl.arange(0, BE)
+    num_choices = tl.minimum(T - i_b * BT, BT) * A
+    b_counts = tl.zeros([BE], dtype=tl.int32)
+    for i_r in range(0, BT * A, BR):
+        o_r = i_r + tl.arange(0, BR)
+        b_e = tl.load(experts + i_b.to(tl.int64) * BT * A + o_r, mask=o_r < num_choices, other=-1).to(tl.int32)
+        b_counts += tl.sum((b_e[:, None] == o_e[None, :]).to(tl.int32), 0)
+    tl.store(counts + i_b.to(tl.int64) * E + o_e, b_counts, mask=o_e < E)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -119,18 +257,6 @@ def _route_bwd_kernel(
     tl.store(dlogits + o_te, b_dlogits, mask=m_te)
 
 
-def _tiles(BE: int, ieee: bool, T: int) -> dict[str, int]:
-    """None of these changes a bit: a product adds up its terms in one order, 16 at a time, in every tile."""
-    if ieee:
-        return {"BK": 32 if BE <= 128 else 16, "num_warps": 4 if BE <= 128 else 8, "num_stages": 3}
-    if BE > 128:
-        return {"BK": 64, "num_warps": 8, "num_stages": 6}
-    if BE > 64:
-        return {"BK": 128, "num_warps": 4, "num_stages": 5}
-    # Few programs have an SM each, and its memory for copies under way; of many, two share one.
-    return {"BK": 128, "num_warps": 4, "num_stages": 8 if T <= 4096 else 5}
-
-
 @torch.library.custom_op("dsv2::route", mutates_args=())
 def _forward(
     h: Tensor, weight: Tensor, experts_per_token: int, num_groups: int, groups_per_token: int, normalize: bool,
@@ -142,16 +268,43 @@ def _forward(
     experts = torch.empty(T, A, dtype=torch.int64, device=h.device)
     gates = torch.empty(T, A, dtype=torch.float32, device=h.device)
     counts = torch.empty(triton.cdiv(T, ROUTE_BLOCK), E, dtype=torch.int32, device=h.device)
-    if T:
-        BE = max(triton.next_power_of_2(E), 16)
-        ieee = h.dtype != weight.dtype or h.dtype == torch.float32
+    options = {
+        "E": E, "A": A, "EXPERTS_A_GROUP": E // num_groups, "GROUPS_A_TOKEN": groups_per_token,
+        "NORMALIZE": normalize, "BA": triton.next_power_of_2(A), "BE": max(triton.next_power_of_2(E), 16),
+    }  # fmt: skip
+    product = {"CHUNK": chunk_of(D), "IEEE": h.dtype != weight.dtype or h.dtype == torch.float32}
+    if T and in_one_launch(T, D, E):
         # Without `maxnreg` a register spills for the sake of an occupancy that shared memory rules out.
         _route_fwd_kernel[(len(counts),)](
-            h, weight, scores, experts, gates, counts, h.stride(0), weight.stride(0), T, D, scaling, E=E, A=A,
-            EXPERTS_A_GROUP=E // num_groups, GROUPS_A_TOKEN=groups_per_token, NORMALIZE=normalize, IEEE=ieee,
-            BT=ROUTE_BLOCK, BE=BE, BA=triton.next_power_of_2(A), maxnreg=255, **_tiles(BE, ieee, T),
+            h, weight, scores, experts, gates, counts, h.stride(0), weight.stride(0), T, D, scaling, **options,
+            **product, BT=ROUTE_BLOCK, maxnreg=255, **tiles(T, E, product["IEEE"]),
         )  # fmt: skip
+    elif T:
+        _route_in_parts(h, weight, scores, experts, gates, counts, scaling, options, product)
     return scores, experts, gates, counts
+
+
+def _route_in_parts(h, weight, scores, experts, gates, counts, scaling, options, product) -> None:
+    (T, D), E, A = h.shape, len(weight), experts.shape[1]
+    num_chunks = triton.cdiv(D, product["CHUNK"])
+    parts = torch.empty(num_chunks, T, E, dtype=torch.float32, device=h.device)
+    is_hopper = h.device.type == "cuda" and capability(h.device) == HOPPER
+    pdl = {"PDL": True, "launch_pdl": True} if is_hopper else {"PDL": False}
+    tile = part_tiles(T, D, E, product["IEEE"])
+    _parts_kernel[(triton.cdiv(T, tile["BT"]), num_chunks, triton.cdiv(E, tile["BE"]))](
+        h, weight, parts, h.stride(0), weight.stride(0), T, D, E=E, **product, **tile, **pdl
+    )
+    tokens = tokens_a_program(T, E)
+    programs = triton.cdiv(T, tokens)
+    counted = programs == len(counts)
+    _choose_kernel[(programs,)](
+        parts, scores, experts, gates, counts if counted else None, T, scaling, **options,
+        BT=tokens, CHUNKS=num_chunks, num_warps=tokens, **pdl,
+    )  # fmt: skip
+    if not counted:
+        _count_kernel[(len(counts), triton.cdiv(E, 32))](
+            experts, counts, T, E=E, A=A, BT=ROUTE_BLOCK, BE=32, BR=256, num_warps=8, **pdl
+        )
 
 
 @_forward.register_fake

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROUTE_BLOCK = 32
-"""Consecutive tokens whose choices are counted together: the tokens of one program of the kernel."""
+"""Consecutive tokens whose choices are counted together: those of one program, where the kernel routes many."""
 
 
 def route(
