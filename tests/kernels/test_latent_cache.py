@@ -115,7 +115,14 @@ def test_the_operator_tells_the_compiler_the_truth() -> None:
     names = ("kv", "weight", "eps", "cos", "sin", "layout", "cache", "slots")
     inputs = draw([3, -1, 64])
     inputs["cache"].zero_()
-    torch.library.opcheck(kernel.write_latent, tuple(inputs[n] for n in names))
+    torch.library.opcheck(kernel._write_latent, (*(inputs[n] for n in names), torch.zeros(3, 2, 8)))
+
+
+def test_queries_with_channels_apart_are_refused() -> None:
+    inputs = draw([1, 2], device="cpu")
+    q_rope = torch.zeros(2, 3, 2 * inputs["cos"].shape[1] * 2)[..., ::2]
+    with pytest.raises(ValueError, match="q_rope has strides"):
+        room.write_latent(**inputs, q_rope=q_rope)
 
 
 @pytest.mark.parametrize(

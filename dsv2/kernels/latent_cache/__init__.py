@@ -13,7 +13,15 @@ PAGE_SIZE = 64
 
 @torch.no_grad()
 def write_latent(
-    kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, layout: str, cache: Tensor, slots: Tensor
+    kv: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    layout: str,
+    cache: Tensor,
+    slots: Tensor,
+    q_rope: Tensor | None = None,
 ) -> None:
     """Row slots[t] of cache.view(-1, C + R) becomes rms_norm(kv[t, :C], weight, eps) and rope(kv[t, C:]).
 
@@ -24,12 +32,19 @@ def write_latent(
         cos, sin: [T, R/2] float32; `layout` as in rope.
         cache: [P, 64, C + R] in kv's dtype, contiguous. Written in place; rows that no slot names stay as they are.
         slots: [T] int64, page * 64 + offset, each at most once; rows with a negative one (padding) are not written.
+        q_rope: [T, H, R] in kv's dtype, to be rotated where it is, padding too; channels side by side.
 
     Not differentiable. Raises ValueError where the arguments do not match. NOTE: a slot beyond the cache is an
     IndexError in the reference, but the kernel cannot raise, and leaves its row unwritten.
     """
     _check(kv, weight, cache, slots)
     check_tables(cos, sin, layout, "kv", kv, num_channels=kv.shape[1] - weight.shape[0])
+    if q_rope is not None:
+        check_shape("q_rope", q_rope, len(kv), None, kv.shape[1] - weight.shape[0])
+        check_dtype("q_rope", q_rope, kv.dtype)
+        check_same_device("q_rope", q_rope, "kv", kv)
+        if q_rope.stride(-1) != 1:
+            raise ValueError(f"q_rope has strides {q_rope.stride()}, expected channels side by side")
     if not use_kernel(kv):
         from dsv2.kernels.latent_cache.reference import write_latent as run
     else:
@@ -37,7 +52,7 @@ def write_latent(
         check_dtype("cos", cos, torch.float32)
         check_dtype("sin", sin, torch.float32)
         from dsv2.kernels.latent_cache.kernel import write_latent as run
-    run(kv, weight, eps, cos, sin, layout, cache, slots)
+    run(kv, weight, eps, cos, sin, layout, cache, slots, q_rope)
 
 
 def _check(kv: Tensor, weight: Tensor, cache: Tensor, slots: Tensor) -> None:

@@ -54,8 +54,21 @@ def _written_before(maker: Maker) -> dict[str, Any]:
     return inputs | {"cache": maker.normal(1, PAGE_SIZE, 40), "slots": maker.tensor([40, -1, 2], torch.int64)}
 
 
+def _with_queries(inputs: Inputs, H: int) -> Inputs:
+    """Queries inside wider heads, amid NaN."""
+
+    def make(maker: Maker) -> dict[str, Any]:
+        made = inputs(maker)
+        (T, X), C = made["kv"].shape, len(made["weight"])
+        q = torch.full((T, H, X - C + 16), NAN, device=maker.device, dtype=maker.dtype)
+        q[..., 8 : X - C + 8] = maker.normal(T, H, X - C)
+        return made | {"q_rope": q[..., 8 : X - C + 8]}
+
+    return make
+
+
 CASES = tuple(
-    Case(name=name, function="write_latent", inputs=inputs, mutated=("cache",))
+    Case(name=name, function="write_latent", inputs=inputs, mutated=("cache", "q_rope")[: 1 + ("queries" in name)])
     for name, inputs in {
         "T9-C512-R64": _inputs(9, 512, 64, num_padding=3),
         "T3-C512-R64-half": _inputs(3, 512, 64, "half"),
@@ -68,6 +81,9 @@ CASES = tuple(
         "written-before": _written_before,
         "padding-alone": _inputs(5, 32, 8, num_padding=5),
         "no-rows": _inputs(0, 32, 8),
+        "queries-T9-H16": _with_queries(_inputs(9, 512, 64, num_padding=3), 16),
+        "queries-T65-H3-half": _with_queries(_inputs(65, 100, 10, "half", num_padding=1), 3),
+        "queries-no-heads": _with_queries(_inputs(3, 32, 8), 0),
     }.items()
 )
 
@@ -75,7 +91,7 @@ CASES = tuple(
 def _torch(
     kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, layout: str, cache: Tensor, slots: Tensor
 ) -> None:
-    """For rows without padding."""
+    """For rows without padding, and no queries."""
     C = weight.shape[0]
     c_kv = F.rms_norm(kv[:, :C], (C,), weight, eps)
     k_rope = complex_product(kv[:, None, C:], cos, sin, layout)[:, 0]

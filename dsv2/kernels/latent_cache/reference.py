@@ -6,12 +6,22 @@ import torch
 from torch import Tensor
 
 from dsv2.kernels.rms_norm.reference import rms_norm
-from dsv2.kernels.rope.reference import rope
+from dsv2.kernels.rope.reference import rope, rope_
 
 
 def write_latent(
-    kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, layout: str, cache: Tensor, slots: Tensor
+    kv: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    layout: str,
+    cache: Tensor,
+    slots: Tensor,
+    q_rope: Tensor | None = None,
 ) -> None:
+    if q_rope is not None:
+        rope_(q_rope, cos, sin, layout)
     C = weight.shape[0]
     c_kv_TC = rms_norm(kv[:, :C], weight, eps)
     k_rope_TR = rope(kv[:, None, C:], cos, sin, layout)[:, 0]
