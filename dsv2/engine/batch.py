@@ -62,13 +62,14 @@ class Batch:
     def tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """Ids [T] int64, and for those that are pending (id 0) their source [T] int64, otherwise -1."""
         ids: list[int] = []
-        sources: list[int] = []
-        for entry in self.entries:
+        sources = np.full(self.num_rows, -1, np.int64)
+        for entry, stop in zip(self.entries, self.stops.tolist(), strict=True):
             known = entry.known_ids()
-            is_known = bool(known)
-            ids += known or [0]
-            sources += [-1] * len(known) if is_known else [self.sources[entry.sequence.arrival]]
-        return np.array(ids, dtype=np.int64), np.array(sources, dtype=np.int64)
+            if not known:
+                known = [0]
+                sources[stop - 1] = self.sources[entry.sequence.arrival]
+            ids += known
+        return np.array(ids, dtype=np.int64), sources
 
     def page_table(self) -> np.ndarray:
         """[B, P] int32, zeros after an entry's last page."""
@@ -94,16 +95,25 @@ class Batch:
         pairs = zip(self.entries, self.stops.tolist(), strict=True)
         return [(entry, stop - 1 - len(entry.draft_ids)) for entry, stop in pairs if entry.samples]
 
+    @cached_property
+    def num_draws(self) -> np.ndarray:
+        """Tokens that each sampling entry draws: 1 + its drafts, [S] int64."""
+        return np.fromiter((1 + len(entry.draft_ids) for entry, _ in self.sampling), np.int64, len(self.sampling))
+
     def drawing_rows(self) -> np.ndarray:
-        """The rows after which tokens are drawn, [N] int64: of every sampling entry 1 + its drafts, side by side."""
-        rows = [np.arange(first, first + 1 + len(entry.draft_ids)) for entry, first in self.sampling]
-        return np.concatenate(rows) if rows else np.zeros(0, np.int64)
+        """The rows after which tokens are drawn, [N] int64: those of a sampling entry side by side."""
+        return self._drawn(np.fromiter((first for _, first in self.sampling), np.int64, len(self.sampling)))
 
     def output_numbers(self) -> np.ndarray:
         """How many tokens its sequence generated before each that is drawn, [N] int64."""
-        numbers = [np.arange(1 + len(entry.draft_ids)) + num_drawn(entry) for entry, _ in self.sampling]
-        return np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
+        return self._drawn(np.fromiter((num_drawn(entry) for entry, _ in self.sampling), np.int64, len(self.sampling)))
 
+    def _drawn(self, first_S: np.ndarray) -> np.ndarray:
+        """Consecutive numbers from each sampling entry's first on, as many as it draws."""
+        offset_S = self.num_draws.cumsum() - self.num_draws
+        return np.arange(self.num_draws.sum()) + np.repeat(first_S - offset_S, self.num_draws)
+
+    @cached_property
     def drawing_sequences(self) -> list[Sequence]:
         """[N], whose token each is."""
         return [entry.sequence for entry, _ in self.sampling for _ in range(1 + len(entry.draft_ids))]

@@ -6,8 +6,10 @@ without a graph, which is how it is tested. This room draws no token and knows n
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
 from collections import abc
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +79,7 @@ class _FixedStep:
         self.numbers.copy_(to_device(padded, self.numbers.device))
         self.page_table[:num_rows, :num_pages] = to_device(page_table, self.numbers.device)
 
-    def run(self, pool: tuple[int, int] | None) -> Tensor:
+    def run(self, pool: Any) -> Tensor:
         if pool is None:
             return self._compute()
         if self.graph is None:
@@ -86,6 +88,9 @@ class _FixedStep:
             with torch.cuda.graph(graph, pool=pool):
                 self.hidden = self._compute()
             self.graph = graph
+            # Capturing collects garbage; what is left then stays, and would be looked through, 0.1 s and more, each
+            # time that the objects of passing steps have added up.
+            gc.freeze()
         self.graph.replay()
         assert self.hidden is not None
         return self.hidden

@@ -31,19 +31,51 @@ class Candidates(NamedTuple):
     log_probs_Nk: Tensor
 
 
+class Group:
+    """Sequences that draw together, and what stays the same while they do."""
+
+    def __init__(self, sequences: abc.Sequence[Sequence], arrivals: list[int], device: torch.device) -> None:
+        params = [sequence.params for sequence in sequences]
+        self.sequences, self.arrivals = sequences, arrivals
+        self.rows = {arrival: row for row, arrival in enumerate(arrivals)}
+        self.columns = {
+            "temperature": column([p.temperature for p in params], device),
+            "top_k": column([p.top_k for p in params], device, np.int32),
+            "top_p": column([p.top_p for p in params], device),
+            "min_p": column([p.min_p for p in params], device),
+            "seed": column([_seed(sequence) for sequence in sequences], device, np.int64),
+        }
+        self.num_logprobs = max((p.logprobs for p in params if p.logprobs is not None), default=None)
+        self.is_penalised = any(map(is_penalised, params))
+        self.changing_rows = [row for row, p in enumerate(params) if p.logit_bias or p.min_tokens]
+        """Whose logits something may be added to."""
+
+
+def column(values: abc.Sequence[float], device: torch.device, dtype: type = np.float32) -> Tensor:
+    """One value a row [N]; what is too large for fp32 becomes the largest number."""
+    if dtype is np.float32:
+        values = [min(value, float(np.finfo(np.float32).max)) for value in values]
+    return to_device(np.array(values, dtype=dtype), device)
+
+
 class Sampler:
-    """Keeps on the device what recurs from step to step while the same sequences draw."""
+    """Draws for a group at a time, and keeps the last one."""
 
     def __init__(self, cfg: ModelConfig, device: torch.device) -> None:
         self.device, self.vocab_size = device, cfg.vocab_size
         self._eos_token_ids = [i for i in cfg.eos_token_ids if i < cfg.vocab_size]
-        self._arrivals: list[int] = []
-        self._columns: dict[str, Tensor] = {}
+        self._group = Group((), [], device)
+
+    def group(self, sequences: abc.Sequence[Sequence]) -> Group:
+        arrivals = [sequence.arrival for sequence in sequences]
+        if arrivals != self._group.arrivals:
+            self._group = Group(sequences, arrivals, self.device)
+        return self._group
 
     def draw(
         self,
         logits_NW: Tensor,
-        sequences: abc.Sequence[Sequence],
+        group: Group,
         output_numbers: np.ndarray,
         pending_N: Tensor | None,
         masks: abc.Mapping[int, np.ndarray],
@@ -57,64 +89,40 @@ class Sampler:
                 None where it knows all.
             masks: by arrival, bits [ceil(W / 32)] int32 of the tokens that may come.
         """
-        scores_NW = self._adjusted(logits_NW, sequences, output_numbers, masks)
+        scores_NW = self._adjusted(logits_NW, group, output_numbers, masks)
         ids_N, log_probs_N = sample(
             scores_NW,
-            **self._recurring(sequences),
+            **group.columns,
             step=to_device(output_numbers, self.device),
-            **self._penalties(sequences, pending_N),
+            **(self._penalties(group.sequences, pending_N) if group.is_penalised else {}),
         )
         if scores_NW is not logits_NW:
             log_probs_N = log_probs_of(logits_NW, ids_N)
         return ids_N, log_probs_N
 
-    def _recurring(self, sequences: abc.Sequence[Sequence]) -> dict[str, Tensor]:
-        arrivals = [sequence.arrival for sequence in sequences]
-        if arrivals != self._arrivals or not self._columns:
-            params = [sequence.params for sequence in sequences]
-            self._columns = {
-                "temperature": self._column([p.temperature for p in params]),
-                "top_k": self._column([p.top_k for p in params], np.int32),
-                "top_p": self._column([p.top_p for p in params]),
-                "min_p": self._column([p.min_p for p in params]),
-                "seed": self._column([_seed(sequence) for sequence in sequences], np.int64),
-            }
-            self._arrivals = arrivals
-        return self._columns
-
-    def _column(self, values: abc.Sequence[float], dtype: type = np.float32) -> Tensor:
-        """One value a row [N]; what is too large for fp32 becomes the largest number."""
-        if dtype is np.float32:
-            values = [min(value, float(np.finfo(np.float32).max)) for value in values]
-        return to_device(np.array(values, dtype=dtype), self.device)
-
     # Logits -------------------------------------------------------------------------------------------------------
 
     def _adjusted(
-        self,
-        logits_NW: Tensor,
-        sequences: abc.Sequence[Sequence],
-        output_numbers: np.ndarray,
-        masks: abc.Mapping[int, np.ndarray],
+        self, logits_NW: Tensor, group: Group, output_numbers: np.ndarray, masks: abc.Mapping[int, np.ndarray]
     ) -> Tensor:
         """Logits with bias, and without the tokens that may not come; the same tensor where nothing changes."""
         changes = [
             (row, token_id, value)
-            for row, (sequence, number) in enumerate(zip(sequences, output_numbers.tolist(), strict=True))
-            for token_id, value in self._changes(sequence.params, number).items()
+            for row in group.changing_rows
+            for token_id, value in self._changes(group.sequences[row].params, int(output_numbers[row])).items()
         ]
-        masked = [(row, masks[s.arrival]) for row, s in enumerate(sequences) if s.arrival in masks]
+        masked = [(group.rows[arrival], bits) for arrival, bits in masks.items() if arrival in group.rows]
         if not changes and not masked:
             return logits_NW
         scores_NW = logits_NW.to(torch.float32, copy=True)
         if changes:
-            rows, token_ids, values = (list(column) for column in zip(*changes, strict=True))
-            index = self._column(rows, np.int64), self._column(token_ids, np.int64)
-            scores_NW.index_put_(index, self._column(values), accumulate=True)
+            rows, token_ids, values = (list(each) for each in zip(*changes, strict=True))
+            index = column(rows, self.device, np.int64), column(token_ids, self.device, np.int64)
+            scores_NW.index_put_(index, column(values, self.device), accumulate=True)
         if masked:
             rows, bits = zip(*masked, strict=True)
             allowed_nW = self._unpacked(np.stack(bits))
-            index = self._column(rows, np.int64)
+            index = column(rows, self.device, np.int64)
             scores_NW[index] = scores_NW[index].masked_fill(~allowed_nW, -math.inf)
         return scores_NW
 
@@ -136,10 +144,8 @@ class Sampler:
     # Penalties ----------------------------------------------------------------------------------------------------
 
     def _penalties(self, sequences: abc.Sequence[Sequence], pending_N: Tensor | None) -> dict[str, Tensor]:
-        """The penalties' arguments of `sample`, none where no sequence has any."""
+        """The penalties' arguments of `sample`."""
         params = [sequence.params for sequence in sequences]
-        if not any(map(is_penalised, params)):
-            return {}
         shape = (len(sequences), self.vocab_size)
         output_counts, prompt_mask = np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
         for row, sequence in enumerate(sequences):
@@ -153,9 +159,9 @@ class Sampler:
         return {
             "output_counts": counts_NW,
             "prompt_mask": to_device(prompt_mask, self.device),
-            "presence_penalty": self._column([p.presence_penalty for p in params]),
-            "frequency_penalty": self._column([p.frequency_penalty for p in params]),
-            "repetition_penalty": self._column([p.repetition_penalty for p in params]),
+            "presence_penalty": column([p.presence_penalty for p in params], self.device),
+            "frequency_penalty": column([p.frequency_penalty for p in params], self.device),
+            "repetition_penalty": column([p.repetition_penalty for p in params], self.device),
         }
 
 

@@ -25,9 +25,9 @@ LogprobsOfToken = dict[int, Logprob]
 """By token id: the token itself, then the candidates that were asked for, the most probable first."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Delta:
-    """What one step added to one sequence."""
+    """What one step added to one sequence. Thousands a second are made, and a frozen one takes three times as long."""
 
     request_id: str
     index: int

@@ -88,7 +88,7 @@ class Runner:
         self._sampler = Sampler(cfg, model.device)
         max_drawn = config.max_num_seqs * (1 + config.num_draft_tokens)
         self._previous_ids = torch.zeros(max_drawn, dtype=torch.int64, device=model.device)
-        self._sources: dict[int, int] = {}
+        self._sources: abc.Mapping[int, int] = {}
         sizes = config.graph_sizes(model.device.type) if self._can_absorb else ()
         max_pages = -(-config.max_model_len // PAGE_SIZE)
         self._decoder = FixedDecoder(model, self.cache_LPX.unbind(), self._previous_ids, sizes, max_pages)
@@ -136,15 +136,15 @@ class Runner:
     def _draw(
         self, batch: Batch, logits_NW: Tensor, sources: np.ndarray, masks: abc.Mapping[int, np.ndarray]
     ) -> _OnHost:
-        sequences = batch.drawing_sequences()
+        group = self._sampler.group(batch.drawing_sequences)
         pending_N = None
-        if (sources >= 0).any():
+        if group.is_penalised and (sources >= 0).any():
             source_N = to_device(sources, self.model.device)
             pending_N = torch.where(source_N < 0, -1, self._previous_ids[source_N.clamp(min=0)])
-        ids_N, log_probs_N = self._sampler.draw(logits_NW, sequences, batch.output_numbers(), pending_N, masks)
+        ids_N, log_probs_N = self._sampler.draw(logits_NW, group, batch.output_numbers(), pending_N, masks)
         self._previous_ids[: len(ids_N)] = ids_N
-        self._sources = {s.arrival: row for row, s in enumerate(sequences)}
-        num = max((s.params.logprobs for s in sequences if s.params.logprobs is not None), default=None)
+        self._sources = group.rows
+        num = group.num_logprobs
         return _on_host(ids_N, log_probs_N, None if num is None else candidates(logits_NW, ids_N, num))
 
     def _prompt(self, batch: Batch, hidden_TD: Tensor) -> dict[int, list[_OnHost]]:
@@ -225,10 +225,13 @@ class Ticket:
     def _drawn_by_arrival(self) -> dict[int, list[Drawn]]:
         if self.drawn is None:
             return {}
-        drawn = iter(self.drawn.drawn([s.params.logprobs for s in self._batch.drawing_sequences()]))
-        results = {}
+        sequences = self._batch.drawing_sequences
+        drawn = self.drawn.drawn([s.params.logprobs for s in sequences])
+        if len(drawn) == len(self._batch.sampling):
+            return {s.arrival: [each] for s, each in zip(sequences, drawn, strict=True)}
+        rest, results = iter(drawn), {}
         for entry, _ in self._batch.sampling:
-            tokens = [next(drawn) for _ in range(1 + len(entry.draft_ids))]
+            tokens = [next(rest) for _ in range(1 + len(entry.draft_ids))]
             num = accept(entry.draft_ids, [each.token_id for each in tokens])
             results[entry.sequence.arrival] = tokens[:num]
         return results

@@ -114,7 +114,7 @@ class Context:
         num_rows = sum(counts[:n])
         visible_S = torch.cat((_slots(table_BP[n:], *_rows(past[n:], [0] * len(past[n:]))), slots_T[num_rows:]))
         lengths_B, page_table = torch.tensor(past[:n]) + torch.tensor(counts[:n]), table_BP[:n]
-        if len(set(counts[:n])) > 1 or counts[:1] > [MAX_QUERY_TOKENS]:
+        if len(set(counts[:n])) > 1 or max(counts[:n], default=0) > MAX_QUERY_TOKENS:
             # A sequence of its own for every row, whose history ends with the row.
             page_table, lengths_B = table_BP[sequence_T[:num_rows]], positions_T[:num_rows] + 1
         lengths_B = to_device(lengths_B.to(torch.int32), device)

@@ -13,7 +13,7 @@ from dsv2.kernels.rms_norm import rms_norm
 
 
 @torch.no_grad()
-def join(first: nn.Parameter, second: nn.Parameter) -> None:
+def join(first: Tensor, second: Tensor) -> None:
     """Move two matrices of as many columns to one piece of memory, one after the other, so that one product does both.
 
     The parameters remain what they are, for an optimizer and for a checkpoint.

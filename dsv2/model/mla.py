@@ -54,13 +54,15 @@ class MLA(nn.Module):
     def join(self) -> None:
         join(*self._first_projections())
 
-    def _first_projections(self) -> tuple[nn.Parameter, nn.Parameter]:
+    def _first_projections(self) -> tuple[Tensor, Tensor]:
         """What the input is multiplied by, for queries and for latents."""
         down = self.q_proj if self.dims.q_lora_rank is None else self.q_a_proj
         return down.weight, self.kv_a_proj_with_mqa.weight
 
     def forward(self, h_TD: Tensor, tables: tuple[Tensor, Tensor], context: Context) -> Tensor:
-        q_THK, kv_TX = self._project(h_TD, tables)
+        q_THK, kv_TX = self._project(h_TD)
+        if context.paged is None or torch.is_grad_enabled():
+            q_THK = self._rotated(q_THK, tables)
         if context.paged is not None:
             out_THV = self._cached(q_THK, kv_TX, tables, context, context.paged)
         elif context.absorb:
@@ -73,33 +75,47 @@ class MLA(nn.Module):
             out_THV = self._expanded(q_THK, *self._latents(kv_TX, tables), context)
         return self.o_proj(out_THV.flatten(1))
 
-    def _project(self, h_TD: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries [T, H, N + R], the last R rotated, and what latent and shared key are made of [T, C + R].
+    def _project(self, h_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [T, H, N + R], not rotated yet, and what latent and shared key are made of [T, C + R].
 
-        Equations 9, 12 to 15 (37 to 40 with heads).
+        Equations 9, 12 to 14 (37 to 39 with heads).
         """
         a = self.dims
         q_T, kv_TX = linear_pair(h_TD, *self._first_projections())
         if a.q_lora_rank is not None:
             q_T = self.q_b_proj(self.q_a_layernorm(q_T))
-        q_THK = q_T.unflatten(-1, (self.num_heads, a.qk_head_dim))
-        q_nope_THN, q_rope_THR = q_THK.split((a.qk_nope_head_dim, a.qk_rope_head_dim), -1)
+        return q_T.unflatten(-1, (self.num_heads, a.qk_head_dim)), kv_TX
+
+    def _rotated(self, q_THK: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries with their last R channels turned by position: equation 14. In place where gradients allow it."""
+        q_nope_THN, q_rope_THR = self._parts(q_THK)
         if torch.is_grad_enabled():
-            return torch.cat((q_nope_THN, rope(q_rope_THR, *tables, self.layout)), -1), kv_TX
+            return torch.cat((q_nope_THN, rope(q_rope_THR, *tables, self.layout)), -1)
         rope_(q_rope_THR, *tables, self.layout)
-        return q_THK, kv_TX
+        return q_THK
+
+    def _parts(self, q_THK: Tensor) -> tuple[Tensor, Tensor]:
+        """Content queries [T, H, N] and rotary queries [T, H, R]."""
+        q_nope_THN, q_rope_THR = q_THK.split((self.dims.qk_nope_head_dim, self.dims.qk_rope_head_dim), -1)
+        return q_nope_THN, q_rope_THR
 
     def _latents(self, kv_TX: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """What is cached: the normalised latent [T, C], and the rotated key shared by all heads [T, R]."""
-        c_kv_TC, k_rope_TR = kv_TX.split((self.dims.kv_lora_rank, self.dims.qk_rope_head_dim), -1)
+        c_kv_TC, k_rope_TR = self._latent_parts(kv_TX)
         return self.kv_a_layernorm(c_kv_TC), rope(k_rope_TR[:, None], *tables, self.layout)[:, 0]
+
+    def _latent_parts(self, rows_TX: Tensor) -> tuple[Tensor, Tensor]:
+        """Of cached rows, or what they are made of: the latent [T, C] and the shared key [T, R]."""
+        c_kv_TC, k_rope_TR = rows_TX.split((self.dims.kv_lora_rank, self.dims.qk_rope_head_dim), -1)
+        return c_kv_TC, k_rope_TR
 
     def _cached(
         self, q_THK: Tensor, kv_TX: Tensor, tables: tuple[Tensor, Tensor], context: Context, paged: Paged
     ) -> Tensor:
         """Writes the step's latents, then attends: the first rows in the absorbed form, the others in the expanded."""
         norm, pages, n = self.kv_a_layernorm, paged.layers[self.layer], paged.num_absorbed
-        write_latent(kv_TX, norm.weight, norm.eps, *tables, self.layout, pages, paged.slots_T)
+        q_rope = None if torch.is_grad_enabled() else self._parts(q_THK)[1]
+        write_latent(kv_TX, norm.weight, norm.eps, *tables, self.layout, pages, paged.slots_T, q_rope)
         parts = []
         if n or not len(kv_TX):
             q_latent_THC, q_rope_THR = self._absorb(q_THK[:n])
@@ -108,8 +124,8 @@ class MLA(nn.Module):
             )
             parts.append(self._project_values(y_THC))
         if n < len(kv_TX):
-            latents = paged.read(self.layer).split((self.dims.kv_lora_rank, self.dims.qk_rope_head_dim), -1)
-            parts.append(self._expanded(q_THK[n:], *latents, context))
+            c_kv_SC, k_rope_SR = self._latent_parts(paged.read(self.layer))
+            parts.append(self._expanded(q_THK[n:], c_kv_SC, k_rope_SR, context))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _expanded(self, q_THK: Tensor, c_kv_SC: Tensor, k_rope_SR: Tensor, context: Context) -> Tensor:
@@ -120,20 +136,22 @@ class MLA(nn.Module):
         if context.paged is not None:
             elements_a_head = len(c_kv_SC) * (a.qk_nope_head_dim + a.v_head_dim)
             num_heads = min(max(EXPANSION_ELEMENTS // max(elements_a_head, 1), 1), H)
-        groups = zip(q_THK.split(num_heads, 1), w_HxC.split(num_heads), strict=True)
-        outputs = [self._expanded_heads(*group, c_kv_SC, k_rope_SR, context) for group in groups]
+        outputs = [
+            self._expanded_heads(q, w, c_kv_SC, k_rope_SR, context)
+            for q, w in zip(q_THK.split(num_heads, 1), w_HxC.split(num_heads), strict=True)
+        ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
     def _expanded_heads(
         self, q_THK: Tensor, w_HxC: Tensor, c_kv_SC: Tensor, k_rope_SR: Tensor, context: Context
     ) -> Tensor:
-        kv_SHx = F.linear(c_kv_SC, w_HxC.flatten(0, 1)).unflatten(-1, w_HxC.shape[:2])
+        kv_SHx = F.linear(c_kv_SC, w_HxC.flatten(0, 1)).unflatten(-1, tuple(w_HxC.shape[:2]))
         k_nope_SHN, v_SHV = kv_SHx.split((self.dims.qk_nope_head_dim, self.dims.v_head_dim), -1)
         return attention(q_THK, k_nope_SHN, v_SHV, context, self.scale, k_rope_SR)
 
     def _absorb(self, q_THK: Tensor) -> tuple[Tensor, Tensor]:
         """Queries of the latent [T, H, C], W_UK moved to the other side of the product, and rotated ones [T, H, R]."""
-        q_nope_THN, q_rope_THR = q_THK.split((self.dims.qk_nope_head_dim, self.dims.qk_rope_head_dim), -1)
+        q_nope_THN, q_rope_THR = self._parts(q_THK)
         return torch.einsum("thn,hnc->thc", q_nope_THN, self._up_projections()[0]), q_rope_THR
 
     def _project_values(self, y_THC: Tensor) -> Tensor:

@@ -77,16 +77,20 @@ class MoE(nn.Module):
             self.shared_experts = SwiGLU(cfg.hidden_size, moe.shared_intermediate_size)
 
     def forward(self, h_TD: Tensor, context: Context) -> Tensor:
-        shared_TD = None
-        if self.moe.num_shared_experts and context.side_stream is None:
-            shared_TD = self.shared_experts(h_TD)
-        elif self.moe.num_shared_experts:
-            context.side_stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(context.side_stream):
-                shared_TD = self.shared_experts(h_TD)
+        shared_TD = self._shared(h_TD, context.side_stream)
         routing = route(h_TD, self.gate.weight, self.moe)
         if context.routings is not None:
             context.routings.append(routing)
         if context.side_stream is not None:
             torch.cuda.current_stream().wait_stream(context.side_stream)
         return self.experts(h_TD, routing.experts_TA, routing.gates_TA, shared_TD, routing.block_counts)
+
+    def _shared(self, h_TD: Tensor, stream: torch.cuda.Stream | None) -> Tensor | None:
+        """What the shared experts make of h, on `stream` where one is given; None where there are none."""
+        if not self.moe.num_shared_experts:
+            return None
+        if stream is None:
+            return self.shared_experts(h_TD)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            return self.shared_experts(h_TD)
