@@ -6,6 +6,8 @@ Mixtral). No token is dropped here, and no balance loss is added: see `balance`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -58,7 +60,7 @@ class Experts(nn.Module):
         h_TD: Tensor,
         experts_TA: Tensor,
         gates_TA: Tensor,
-        shared_TD: Tensor | None = None,
+        shared_TD: Tensor | Callable[[], Tensor] | None = None,
         block_counts: Tensor | None = None,
     ) -> Tensor:
         """shared + sum over a token's experts of gate * expert(h), added in fp32. [T, D]."""
@@ -77,20 +79,25 @@ class MoE(nn.Module):
             self.shared_experts = SwiGLU(cfg.hidden_size, moe.shared_intermediate_size)
 
     def forward(self, h_TD: Tensor, context: Context) -> Tensor:
-        shared_TD = self._shared(h_TD, context.side_stream)
+        shared = self._shared(h_TD, context.side_stream)
         routing = route(h_TD, self.gate.weight, self.moe)
         if context.routings is not None:
             context.routings.append(routing)
-        if context.side_stream is not None:
-            torch.cuda.current_stream().wait_stream(context.side_stream)
-        return self.experts(h_TD, routing.experts_TA, routing.gates_TA, shared_TD, routing.block_counts)
+        return self.experts(h_TD, routing.experts_TA, routing.gates_TA, shared, routing.block_counts)
 
-    def _shared(self, h_TD: Tensor, stream: torch.cuda.Stream | None) -> Tensor | None:
-        """What the shared experts make of h, on `stream` where one is given; None where there are none."""
+    def _shared(self, h_TD: Tensor, stream: torch.cuda.Stream | None) -> Tensor | Callable[[], Tensor] | None:
+        """What the shared experts make of h; with a `stream`, started on it, and waited for by the call that gives it."""
         if not self.moe.num_shared_experts:
             return None
         if stream is None:
             return self.shared_experts(h_TD)
-        stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream()
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            return self.shared_experts(h_TD)
+            shared_TD = self.shared_experts(h_TD)
+
+        def joined() -> Tensor:
+            current.wait_stream(stream)
+            return shared_TD
+
+        return joined

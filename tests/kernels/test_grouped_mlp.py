@@ -101,6 +101,18 @@ def test_what_does_not_match_is_named_with_both_values(message) -> None:
         grouped_mlp(**inputs(changes=changes))
 
 
+@pytest.mark.parametrize("run", [grouped_mlp, kernel.grouped_mlp], ids=["reference", "kernel"])
+def test_an_addend_may_be_given_when_all_else_is_launched(run) -> None:
+    args = inputs()
+    addend = torch.ones_like(args["x"])
+    assert torch.equal(run(**args, addend=lambda: addend), run(**args, addend=addend))
+
+
+def test_the_operator_tells_the_compiler_the_truth() -> None:
+    args = inputs()
+    torch.library.opcheck(kernel._rows, (args["x"], args["experts"], args["gate_up"], args["down"], None, None))
+
+
 def test_a_dense_layer_of_other_widths_is_refused() -> None:
     x = torch.zeros(2, 16)
     with pytest.raises(ValueError, match=r"down has shape \(16, 8\), expected \(16, 24\)"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ def grouped_mlp(
     gates: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    addend: Tensor | None = None,
+    addend: Tensor | Callable[[], Tensor] | None = None,
     block_counts: Tensor | None = None,
 ) -> Tensor:
     """addend[t] + sum over a of gates[t, a] * W_down (SiLU(W_gate x[t]) * W_up x[t]), by the matrices of experts[t, a].
@@ -26,23 +28,27 @@ def grouped_mlp(
         gates: [T, A] float32.
         gate_up: [E, 2F, D], gate rows before up rows, contiguous; D and F multiples of 8.
         down: [E, D, F], contiguous.
-        addend: [T, D], the output of the shared experts.
+        addend: [T, D], the output of the shared experts; or what gives it, called when all else has been launched, for
+            those that run beside this.
         block_counts: what `route` counted of these experts, which saves counting again.
 
     Returns [T, D], combined in fp32 and rounded once. Differentiable in x, gates, gate_up, down and addend. No token is
     dropped or padded, and the host never waits for the device. Raises ValueError where the arguments do not match.
     """
-    _check(x, experts, gates, gate_up, down, addend)
+    _check(x, experts, gates, gate_up, down, None if callable(addend) else addend)
     if block_counts is not None:
         check_shape("block_counts", block_counts, -(-len(experts) // ROUTE_BLOCK), len(down))
         check_dtype("block_counts", block_counts, torch.int32)
         check_same_device("block_counts", block_counts, "x", x)
     if not use_kernel(x):
-        from dsv2.kernels.grouped_mlp.reference import grouped_mlp as run
-    else:
-        check_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
-        from dsv2.kernels.grouped_mlp.kernel import grouped_mlp as run
-    return run(x, experts, gates, gate_up, down, addend, block_counts)
+        from dsv2.kernels.grouped_mlp.reference import grouped_mlp as reference
+
+        given = addend if addend is None or isinstance(addend, Tensor) else addend()
+        return reference(x, experts, gates, gate_up, down, given, block_counts)
+    check_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
+    from dsv2.kernels.grouped_mlp.kernel import grouped_mlp as kernel
+
+    return kernel(x, experts, gates, gate_up, down, addend, block_counts)
 
 
 def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ weight rows as the 64-row side of the matrix instruction. Training keeps gate an
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dsv2.kernels.backend import joined, unit_stride
+from dsv2.kernels.backend import joined, kernel_op, unit_stride
 from dsv2.kernels.permute.kernel import combine_rows, gather_rows, sort_rows
 from dsv2.kernels.swiglu.kernel import swiglu, swiglu_packed
 
@@ -261,42 +262,47 @@ def _identity(num_rows: int, device: torch.device) -> Tensor:
     return torch.arange(num_rows, dtype=torch.int32, device=device)
 
 
-@torch.library.custom_op("dsv2::grouped_mlp", mutates_args=())
+@kernel_op("dsv2::grouped_mlp")
+def _rows(
+    x: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, order: Tensor | None, ends: Tensor | None
+) -> Tensor:
+    """What the experts make of their rows [M, D], sorted as `order` and `ends` say; without, row t * A + a is of t."""
+    T, A = experts.shape
+    M, E = T * A, len(down)
+    x, experts = unit_stride(x), experts.contiguous()
+    if order is not None and ends is not None and M >= PERSISTENT_ROWS * E and x.dtype != torch.float32:
+        h = _persistent_linear(x, gate_up, M, True, ends, order, A)
+        return _persistent_linear(h, down, M, False, ends)
+    gate, up = gate_up.chunk(2, 1)
+    first, second = blocks_for(M, E, x.dtype)
+    h = _linear(x, gate, up, M, first, experts=experts, order=order, ends=ends, gather=True)
+    return _linear(h, down, None, M, second, experts=experts, ends=ends)
+
+
+@_rows.register_fake
+def _(x, experts, gate_up, down, order, ends) -> Tensor:
+    return x.new_empty(experts.numel(), x.shape[1])
+
+
 def _inference(
     x: Tensor,
     experts: Tensor,
     gates: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    addend: Tensor | None,
+    addend: Tensor | Callable[[], Tensor] | None,
     block_counts: Tensor | None,
 ) -> Tensor:
-    T, A = experts.shape
-    M, E = T * A, len(down)
-    x, experts = unit_stride(x), experts.contiguous()
-    gate, up = gate_up.chunk(2, 1)
-    first, second = blocks_for(M, E, x.dtype)
-    if T <= UNSORTED_TOKENS:
-        inverse = _identity(M, x.device)
-        h = _linear(x, gate, up, M, first, experts=experts, gather=True)
-        rows = _linear(h, down, None, M, second, experts=experts)
+    order = ends = None
+    if len(x) <= UNSORTED_TOKENS:
+        inverse = _identity(experts.numel(), x.device)
     else:
-        order, inverse, ends = sort_rows(experts, E, block_counts)
-        if M >= PERSISTENT_ROWS * E and x.dtype != torch.float32:
-            h = _persistent_linear(x, gate_up, M, True, ends, order, A)
-            rows = _persistent_linear(h, down, M, False, ends)
-        else:
-            h = _linear(x, gate, up, M, first, experts=experts, order=order, ends=ends, gather=True)
-            rows = _linear(h, down, None, M, second, experts=experts, ends=ends)
-    return combine_rows(rows, inverse, gates, addend)
+        order, inverse, ends = sort_rows(experts, len(down), block_counts)
+    rows = _rows(x, experts, gate_up, down, order, ends)
+    return combine_rows(rows, inverse, gates, addend() if callable(addend) else addend)
 
 
-@_inference.register_fake
-def _(x, experts, gates, gate_up, down, addend, block_counts) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@torch.library.custom_op("dsv2::swiglu_mlp", mutates_args=())
+@kernel_op("dsv2::swiglu_mlp")
 def _dense(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """One expert that takes every row once."""
     T = len(x)
@@ -337,12 +343,14 @@ def grouped_mlp(
     gates: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    addend: Tensor | None = None,
+    addend: Tensor | Callable[[], Tensor] | None = None,
     block_counts: Tensor | None = None,
 ) -> Tensor:
-    if not _wants_gradients(x, gates, gate_up, down, addend):
+    tensors = (x, gates, gate_up, down, *((addend,) if isinstance(addend, Tensor) else ()))
+    if not _wants_gradients(*tensors):
         return _inference(x, experts, gates, gate_up, down, addend, block_counts)
     order, inverse, ends = sort_rows(experts, len(down), block_counts)
     rows = gather_rows(x, order, inverse, experts.shape[1])
     h = swiglu_packed(F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends))
-    return combine_rows(F.grouped_mm(h, down.transpose(1, 2), offs=ends), inverse, gates, addend)
+    rows = F.grouped_mm(h, down.transpose(1, 2), offs=ends)
+    return combine_rows(rows, inverse, gates, addend() if callable(addend) else addend)
