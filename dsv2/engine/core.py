@@ -12,6 +12,8 @@ from collections import abc, deque
 from functools import cache
 from typing import cast
 
+import numpy as np
+
 from dsv2.config.engine import EngineConfig
 from dsv2.config.schema import require
 from dsv2.engine.draw import is_penalised
@@ -22,6 +24,7 @@ from dsv2.engine.sampling import SamplingParams
 from dsv2.engine.scheduler import Scheduler, Step
 from dsv2.engine.sequence import FinishReason, Request, Sequence
 from dsv2.engine.stops import StopStrings
+from dsv2.engine.structured import Grammars, Matcher
 from dsv2.model import Transformer
 from dsv2.text import StreamDecoder, Tokenizer
 
@@ -44,6 +47,9 @@ class Engine:
         self._in_flight: deque[tuple[Step, Ticket]] = deque()
         self._lost: list[Delta] = []
         self._request_ids = map(str, itertools.count())
+        self._grammars = (
+            None if tokenizer is None else Grammars(tokenizer, model.cfg.vocab_size, model.cfg.eos_token_ids)
+        )
 
     @property
     def has_unfinished(self) -> bool:
@@ -63,10 +69,10 @@ class Engine:
         if request_id is None:
             request_id = next(i for i in self._request_ids if i not in self._requests)
         request = self._checked(request_id, prompt, params)
+        answers = {s: _Answer(s, self.tokenizer, self._text_of, self._matcher(params)) for s in request.sequences}
         self.scheduler.add(request)
         self._requests[request_id] = request
-        for sequence in request.sequences:
-            self._answers[sequence] = _Answer(sequence, self.tokenizer, self._text_of)
+        self._answers |= answers
         return request
 
     def abort(self, request_id: str) -> None:
@@ -80,8 +86,8 @@ class Engine:
         An exception out of the device ends the requests that it was working for. Nothing that it did is read later, and
         the next call returns a last delta of each of their sequences, of finish_reason "abort". Others go on.
         """
-        # A draft follows known tokens only, so speculation takes every result before it schedules.
-        max_in_flight = 1 if self.config.num_draft_tokens else 2
+        # Drafts and masks follow known tokens only: where there may be any, every result is taken before scheduling.
+        max_in_flight = 1 if self.config.num_draft_tokens or self._has_masks else 2
         while len(self._in_flight) < max_in_flight and self._launch():
             pass
         assert self._in_flight or not self._requests, "unfinished sequences, none of which can run"
@@ -130,11 +136,28 @@ class Engine:
         if step is None:
             return False
         try:
-            self._in_flight.append((step, self.runner.launch(step)))
+            self._in_flight.append((step, self.runner.launch(step, self._masks(step))))
         except BaseException:
             self._abandon(*(step for step, _ in self._in_flight), step)
             raise
         return True
+
+    @property
+    def _has_masks(self) -> bool:
+        return any(answer.mask is not None for answer in self._answers.values())
+
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        if params.structured_outputs is None:
+            return None
+        require(params.min_tokens == 0, f"min_tokens={params.min_tokens} with structured_outputs: expected 0")
+        if self._grammars is None:
+            raise ValueError("structured_outputs needs a tokenizer: give one")
+        return self._grammars.matcher(params.structured_outputs)
+
+    def _masks(self, step: Step) -> dict[int, np.ndarray]:
+        """By arrival, the tokens that sequences of a given structure may draw."""
+        answers = ((entry.sequence, self._answers.get(entry.sequence)) for entry in step.entries if entry.samples)
+        return {s.arrival: answer.mask for s, answer in answers if answer is not None and answer.mask is not None}
 
     def _drafts(self) -> dict[int, list[int]]:
         """By arrival, for the sequences that are about to decode and may have any."""
@@ -188,14 +211,27 @@ class Engine:
 def _takes_drafts(sequence: Sequence) -> bool:
     """Whether the model's scores decide alone, not what was drawn before or how much."""
     params = sequence.params
-    return not is_penalised(params) and sequence.num_output_tokens >= params.min_tokens
+    return (
+        not is_penalised(params)
+        and params.structured_outputs is None
+        and sequence.num_output_tokens >= params.min_tokens
+    )
 
 
 class _Answer:
     """What an unfinished sequence's tokens come with: text, up to a stop string, and log-probabilities."""
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None, text_of: abc.Callable[[int], str]) -> None:
+    def __init__(
+        self,
+        sequence: Sequence,
+        tokenizer: Tokenizer | None,
+        text_of: abc.Callable[[int], str],
+        matcher: Matcher | None,
+    ) -> None:
         self.sequence, self.ngrams = sequence, NgramDrafts()
+        self._matcher = matcher
+        self.mask = None if matcher is None else matcher.mask()
+        """Of the tokens that may come next, where a form is given."""
         self.finish_reason: FinishReason | None = None
         self._params, self._text_of = sequence.params, text_of
         self._stops = StopStrings(self._params.stop, is_included=self._params.include_stop_str_in_output)
@@ -221,7 +257,18 @@ class _Answer:
             if self._stops.found is not None:
                 break
         self.finish_reason = "stop" if self._stops.found is not None else self.sequence.finish_reason
+        if self._matcher is not None and self.finish_reason is None:
+            self._follow(self._matcher, taken)
         return self._delta(text + self._rest(), taken, self._stop_reason(taken[-1].token_id))
+
+    def _follow(self, matcher: Matcher, taken: abc.Sequence[Drawn]) -> None:
+        """Where the form goes on. One that takes more time than is allowed ends its own sequence, and no other."""
+        try:
+            for each in taken:
+                matcher.accept(each.token_id)
+            self.mask = matcher.mask()
+        except ValueError:
+            self.finish_reason = "abort"
 
     def abandon(self) -> Delta:
         """The last delta of a sequence whose next tokens were lost."""

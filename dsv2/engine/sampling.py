@@ -15,6 +15,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from dsv2.config.schema import require
+from dsv2.engine.structured import StructuredOutputs
 
 MAX_SEQUENCES = 1024
 MAX_LOGPROBS = 20
@@ -84,6 +85,8 @@ class SamplingParams:
     """What is added to the logits of token ids, -100 to 100."""
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputs | None = None
+    """The form that every output has, if it ends before `max_tokens`."""
 
     def __post_init__(self) -> None:
         for name, limits in _REALS.items():
@@ -99,6 +102,10 @@ class SamplingParams:
         require(
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
             f"min_tokens={self.min_tokens} must not exceed max_tokens={self.max_tokens}",
+        )
+        require(
+            self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputs),
+            f"structured_outputs={reprlib.repr(self.structured_outputs)} must be StructuredOutputs or None",
         )
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))

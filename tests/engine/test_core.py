@@ -52,7 +52,7 @@ class ScriptedRunner:
         self.drafts: list[tuple[int, ...]] = []
         self.fails_at: str | None = None
 
-    def launch(self, step: Step) -> ScriptedTicket:
+    def launch(self, step: Step, masks: object = None) -> ScriptedTicket:
         self.note(f"launch {step.number}")
         self.drafts += [entry.draft_ids for entry in step.entries if entry.draft_ids]
         results = Results([self.draw(e) for e in step.entries], [self.describe_prompt(e) for e in step.entries])

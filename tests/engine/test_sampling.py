@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dsv2.config.engine import EngineConfig
 from dsv2.engine.sampling import SamplingParams
+from dsv2.engine.structured import StructuredOutputs
 
 _settings = settings(derandomize=True, database=None, max_examples=300, deadline=None)
 
@@ -30,7 +31,7 @@ def test_defaults_are_those_of_vllm() -> None:
     assert (p.max_tokens, p.min_tokens, p.seed, p.ignore_eos) == (16, 0, None, False)
     assert (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) == (0.0, 0.0, 1.0)
     assert (p.logprobs, p.prompt_logprobs, p.stop, p.stop_token_ids, p.logit_bias) == (None, None, (), (), {})
-    assert (p.skip_special_tokens, p.include_stop_str_in_output) == (True, False)
+    assert (p.skip_special_tokens, p.include_stop_str_in_output, p.structured_outputs) == (True, False, None)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,7 @@ def test_values_at_the_borders_are_kept(field: str, value: Any) -> None:
         ("stop_token_ids", 3, "a list of token ids"),
         ("stop_token_ids", "12", "a list of token ids"),
         ("logit_bias", [1, 2], "a mapping of token ids to numbers"),
+        *[("structured_outputs", value, "StructuredOutputs or None") for value in ({"regex": "a"}, "a", False)],
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_was_expected(field: str, value: Any, expected: str) -> None:
@@ -113,7 +115,9 @@ def test_lists_are_copied_and_one_string_is_a_list_of_one() -> None:
 
 
 def test_parameters_compare_by_value_and_can_be_keys() -> None:
-    one, same = SamplingParams(stop=["a"], logit_bias={1: 2.0}), SamplingParams(stop="a", logit_bias={1: 2.0})
+    form, same_form = StructuredOutputs(json={"type": "object"}), StructuredOutputs(json='{"type": "object"}')
+    one = SamplingParams(stop=["a"], logit_bias={1: 2.0}, structured_outputs=form)
+    same = SamplingParams(stop="a", logit_bias={1: 2.0}, structured_outputs=same_form)
     assert one == same
     assert len({one, same, SamplingParams()}) == 2
 
