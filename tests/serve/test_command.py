@@ -1,0 +1,59 @@
+"""`serve` puts a server around a checkpoint, within what the system allows."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import cast
+
+import pytest
+from fastapi import FastAPI
+
+from dsv2.config.serve import ServeConfig
+from dsv2.serve.app import Api
+from dsv2.serve.command import _allowed_connections, serve
+from dsv2.serve.server import Server
+from dsv2.weights import save
+from tests.serve.live import get_model, get_tokenizer
+
+
+@pytest.fixture
+def servers(monkeypatch: pytest.MonkeyPatch) -> list[Server]:
+    """Those that would have run."""
+    servers: list[Server] = []
+    monkeypatch.setattr(Server, "run", lambda server: servers.append(server))
+    return servers
+
+
+def api_of(server: Server) -> Api:
+    return cast(FastAPI, server.config.app).state.api
+
+
+def test_a_checkpoint_is_served_under_its_path_or_a_name(tmp_path: Path, servers: list[Server]) -> None:
+    save(get_model(), tmp_path / "model", tokenizer=get_tokenizer())
+    path, urls = str(tmp_path / "model"), []
+    for name in (None, "mine"):
+        serve(
+            path,
+            "127.0.0.1",
+            8123,
+            ServeConfig(),
+            version="1",
+            served_model_name=name,
+            on_start=urls.append,
+            device="cpu",
+            max_model_len=128,
+            num_pages=8,
+        )
+    assert urls == ["http://127.0.0.1:8123"] * 2
+    assert [api_of(server).model_name for server in servers] == [path, "mine"]
+    assert [api_of(server).max_model_len for server in servers] == [128, 128]
+
+
+def test_connections_stay_within_what_the_system_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(1000, 2000)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.append(new))
+    assert _allowed_connections(5000) == 2000 - 256
+    assert limits[-1] == (2000, 2000)
+    assert _allowed_connections(100) == 100
