@@ -13,15 +13,25 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from dsv2 import __version__
+from dsv2.bench.cli import app as bench_app
+from dsv2.config.serve import ServeConfig
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
 )
 data_app = typer.Typer(no_args_is_help=True, help="Text into tokenizers and token shards.")
 app.add_typer(data_app, name="data")
-bench_app = typer.Typer(no_args_is_help=True, help="Measurements, and the tables made of them.")
 app.add_typer(bench_app, name="bench")
 
 console = Console(soft_wrap=True)
+
+# What several commands take.
+Checkpoint = Annotated[str, typer.Argument(help="A checkpoint directory or hub id.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the file's.")]
+
+_SERVE = ServeConfig()
 
 
 def main() -> None:
@@ -165,7 +175,7 @@ def pretrain(
 
 @app.command()
 def generate(
-    path: Annotated[str, typer.Argument(help="A checkpoint directory or hub id.")],
+    path: Checkpoint,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -173,8 +183,8 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the file's.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
 ) -> None:
     """Continue a prompt with a model, token by token."""
     from dsv2.device import pick_device
@@ -207,10 +217,81 @@ def generate(
 
 
 @app.command()
+def chat(
+    path: Checkpoint,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.3,
+    top_p: float = 0.95,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 1024,
+    seed: Annotated[int | None, typer.Option(help="Default: another one each time.")] = None,
+    template: Annotated[str | None, typer.Option(help="v2, v2.5 or a jinja file; default: the tokenizer's.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> None:
+    """Talk with a model: a line is a question. /reset, /system TEXT, /retry, /quit; Ctrl-C stops an answer."""
+    from dsv2.engine.sampling import SamplingParams
+
+    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
+    from dsv2.engine.terminal import chat as run
+
+    run(path, params, template=template, device=device, dtype=dtype)
+
+
+@app.command()
+def serve(
+    path: Checkpoint,
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model; default: PATH.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="DSV2_API_KEY", help="What clients must send.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: the model's most.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences that run at once.")] = 256,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 8192,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = 0.9,
+    enable_prefix_caching: Annotated[bool, typer.Option(help="Share equal beginnings of prompts.")] = True,
+    num_draft_tokens: Annotated[int, typer.Option(help="Tokens guessed ahead from what repeats.")] = 0,
+    max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = _SERVE.max_body_bytes,
+    max_queued_seqs: Annotated[int, typer.Option(help="More are refused.")] = _SERVE.max_queued_seqs,
+    max_connections: Annotated[int, typer.Option(help="At once.")] = _SERVE.max_connections,
+    idle_timeout_s: Annotated[float, typer.Option(help="Closes silent connections.")] = _SERVE.idle_timeout_s,
+    shutdown_timeout_s: Annotated[float, typer.Option(help="To finish in.")] = _SERVE.shutdown_timeout_s,
+) -> None:
+    """Serve a model over OpenAI's HTTP API, and a chat page, until Ctrl-C or SIGTERM."""
+    from dsv2.serve.command import serve as run
+
+    limits = ServeConfig(
+        api_key=api_key,
+        max_body_bytes=max_body_bytes,
+        max_queued_seqs=max_queued_seqs,
+        max_connections=max_connections,
+        idle_timeout_s=idle_timeout_s,
+        shutdown_timeout_s=shutdown_timeout_s,
+    )
+    run(
+        path,
+        host,
+        port,
+        limits,
+        version=__version__,
+        served_model_name=served_model_name,
+        on_start=lambda url: console.print(f"serving {path} at {url}", highlight=False),
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        gpu_memory_utilization=gpu_memory_utilization,
+        enable_prefix_caching=enable_prefix_caching,
+        num_draft_tokens=num_draft_tokens,
+    )
+
+
+@app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A checkpoint directory or hub id.")],
+    source: Checkpoint,
     target: Annotated[Path, typer.Argument(help="Directory to write.")],
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the file's.")] = None,
+    dtype: Dtype = None,
     max_shard_gb: Annotated[float, typer.Option(help="Largest shard, in 10^9 bytes.")] = 5.0,
 ) -> None:
     """Rewrite a checkpoint in another dtype or sharding, in the official layout."""
@@ -234,33 +315,3 @@ def report(
     target = out or run / "report.html"
     write_report(target, f"Run {run.resolve().name}", run_sections(run))
     console.print(f"wrote {target}", highlight=False)
-
-
-@bench_app.command("kernels")
-def bench_kernels(
-    rooms: Annotated[list[str] | None, typer.Argument(help="Rooms under dsv2/kernels; default: all.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the results as JSON, too.")] = None,
-    commit: Annotated[str, typer.Option(help="Recorded with the results.")] = "unknown",
-    only: Annotated[str, typer.Option(help="Only benchmarks whose name contains this.")] = "",
-    device: Annotated[str, typer.Option(help="cuda, cuda:1, ..., or cpu: references on small inputs.")] = "cuda",
-) -> None:
-    """Every kernel: parity first, then its time beside the card's limits and a baseline. Status 1 if one is wrong."""
-    from dsv2.bench.kernels import is_sound, run
-    from dsv2.bench.table import print_results
-
-    results = run(rooms or (), only=only, device=device, commit=commit, out=out, console=console)
-    print_results(console, results)
-    if not is_sound(results):
-        raise typer.Exit(1)
-
-
-@bench_app.command("table")
-def bench_table(
-    results: Annotated[list[Path], typer.Argument(help="JSON files of `dsv2 bench kernels`.")],
-    out: Annotated[Path, typer.Option(help="Markdown file to write.")],
-) -> None:
-    """Write results as a page with tables, such as docs/kernels.md."""
-    from dsv2.bench.table import write_page
-
-    write_page(results, out)
-    console.print(f"wrote {out}", highlight=False)

@@ -183,19 +183,19 @@ def _one_line(error: Exception) -> str:
 # All of them ------------------------------------------------------------------------------------------------------
 
 
-def head(machine: Machine, commit: str) -> dict[str, Any]:
-    """What the rows were measured on and with."""
+def head(machine: Machine, commit: str, what: str = "kernels", cpu_note: str = CPU_NOTE) -> dict[str, Any]:
+    """What the rows of `dsv2 bench WHAT` were measured on and with; on the CPU the note comes along."""
     gpu = machine.device.type == "cuda"
     c = machine.ceilings
     return {
-        "what": "kernels",
+        "what": what,
         "card": torch.cuda.get_device_name(machine.device) if gpu else f"CPU ({platform.machine()})",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "commit": commit,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "implementation": "kernel" if use_kernel(torch.empty(0, device=machine.device)) else "reference",
-        "note": "" if gpu else CPU_NOTE,
+        "note": "" if gpu else cpu_note,
         "ceilings": c and {"read_gb_per_s": c.bytes_per_s / 1e9, "bf16_matmul_tflops": c.flops_per_s / 1e12},
         "l2_bytes": machine.l2_bytes,
     }

@@ -86,7 +86,7 @@ class MoE(nn.Module):
         return self.experts(h_TD, routing.experts_TA, routing.gates_TA, shared, routing.block_counts)
 
     def _shared(self, h_TD: Tensor, stream: torch.cuda.Stream | None) -> Tensor | Callable[[], Tensor] | None:
-        """What the shared experts make of h; with a `stream`, started on it, and waited for by the call that gives it."""
+        """What the shared experts make of h; with a `stream`, begun on it, and waited for by the call that gives it."""
         if not self.moe.num_shared_experts:
             return None
         if stream is None:

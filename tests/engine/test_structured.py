@@ -296,6 +296,19 @@ def draw_until_refused(max_tokens: int = 200, **form: Any) -> None:
         m.accept(rng.choice([i for i in allowed(m) if i != small().eos_id]))
 
 
+def count_compiled(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The regexes compiled from now on, in order."""
+    compiled: list[str | None] = []
+    compile_form = grammars.compile
+
+    def note_and_compile(form: StructuredOutputs) -> Any:
+        compiled.append(form.regex)
+        return compile_form(form)
+
+    monkeypatch.setattr(grammars, "compile", note_and_compile)
+    return compiled
+
+
 def recursive_alternatives(count: int) -> Mapping[str, Any]:
     branch = {"type": "array", "items": {"$ref": "#/$defs/any"}}
     return {"$defs": {"any": {"anyOf": [branch] * count}}, "$ref": "#/$defs/any"}
@@ -354,15 +367,22 @@ def test_a_failure_that_other_outputs_of_the_form_caused_is_not_this_outputs(mon
         for _ in range(10_000):
             spender.accept(rng.choice([i for i in allowed(spender) if i != small().eos_id]))
     assert allowed(victim) == before
-    assert allowed(shared.matcher(form))
+
+
+def test_what_has_failed_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, form = Grammars(small(), VOCAB_SIZE, [small().eos_id]), StructuredOutputs(regex="a{1000000000}")
+    m = own.matcher(form)
+    with pytest.raises(ValueError, match="too many expressions"):
+        m.accept(allowed(m)[0])
+    compiled = count_compiled(own, monkeypatch)
+    own.matcher(form)
+    assert compiled == [form.regex]
 
 
 def test_compiled_forms_are_kept_and_the_ones_used_last_longest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(structured, "_MAX_COMPILED", 2)
     own = Grammars(small(), VOCAB_SIZE, [small().eos_id])
-    compiled: list[str | None] = []
-    compile_form = own.compile
-    monkeypatch.setattr(own, "compile", lambda form: (compiled.append(form.regex), compile_form(form))[1])
+    compiled = count_compiled(own, monkeypatch)
     for regex in ("a", "b", "a", "c", "a", "b"):
         own.matcher(StructuredOutputs(regex=regex))
     assert compiled == ["a", "b", "c", "b"]
