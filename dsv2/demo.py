@@ -267,6 +267,24 @@ def _generate(demo: Demo) -> str:
     return f"{sum(map(len, outputs))} tokens"
 
 
+def _serve(demo: Demo) -> str:
+    from openai import OpenAI
+
+    from dsv2.serve.process import served
+
+    with served(demo.checkpoint, log=demo.out / "serve.log") as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        model = client.models.list().data[0].id
+        answer = client.completions.create(
+            model=model, prompt=PROMPTS["english"], max_tokens=60, temperature=0.7, top_p=0.95, seed=demo.cfg.seed
+        )
+    text, usage = answer.choices[0].text, answer.usage
+    sample = {"title": "over HTTP", "prompt": PROMPTS["english"], "completion": text}
+    write_json(demo.out / "served.json", {"samples": [sample]})
+    demo.console.print(f"--- {url}\n{PROMPTS['english']}{text}", markup=False, highlight=False)
+    return f"{usage.completion_tokens if usage else 0} tokens for the openai client"
+
+
 def _kernels(demo: Demo) -> str:
     from dsv2.bench.kernels import run
     from dsv2.device import pick_device
@@ -294,7 +312,7 @@ def _report(demo: Demo) -> str:
         _score_rows(evaluation),
     )
     sections = [scores, *run_sections(demo.out / "run"), _cache_section(demo), _kernel_section(demo)]
-    sections.append(samples_section(demo.read("samples.json")["samples"]))
+    sections.append(samples_section(demo.read("samples.json")["samples"] + demo.read("served.json")["samples"]))
     path = demo.out / "report.html"
     write_report(path, "A small DeepSeek-V2, start to end", sections)
     return f"open {path}"
@@ -347,6 +365,7 @@ STAGES = (
     Stage("pretrain", "Pretrain a small DeepSeek-V2", _pretrain),
     Stage("evaluate", "Evaluate on held-out text", _evaluate),
     Stage("generate", "Generate", _generate),
+    Stage("serve", "Serve the model, and ask it over HTTP", _serve),
     Stage("kernels", "Check and time the kernels", _kernels),
     Stage("report", "Write the report", _report),
 )

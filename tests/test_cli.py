@@ -79,7 +79,7 @@ def test_describe_prints_a_table_for_people():
 
 def test_demo_lists_its_stages():
     assert [line.split()[0] for line in run("demo", "--list").stdout.splitlines()] == [
-        *("text", "tokenizer", "shards", "pretrain", "evaluate", "generate", "kernels", "report")
+        *("text", "tokenizer", "shards", "pretrain", "evaluate", "generate", "serve", "kernels", "report")
     ]
 
 

@@ -66,6 +66,13 @@ def test_the_report_shows_losses_load_cache_and_samples(out):
     assert "第一条" in page
 
 
+def test_the_server_answered_a_client(out):
+    (sample,) = json.loads((out / "served.json").read_text())["samples"]
+    assert sample["completion"].strip()
+    assert "Traceback" not in (out / "serve.log").read_text()
+    assert "over HTTP" in (out / "report.html").read_text()
+
+
 def test_a_finished_demo_runs_no_stage_again(out):
     before = (out / "stages.json").stat().st_mtime_ns
     assert Demo(out, DemoConfig.quick(), quiet()).run()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from dsv2 import cli
+from dsv2.serve.process import await_server
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,7 +54,21 @@ def run_dsv2(arguments: list[str]) -> str:
     return result.output
 
 
-def test_every_command_runs(workdir):
+class Running:
+    """A server, as in another terminal, from the time it answers."""
+
+    def __init__(self, workdir: Path, arguments: list[str]) -> None:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "dsv2", *arguments]
+        self.process = subprocess.Popen(command, cwd=workdir, env=environment)
+        await_server(f"http://127.0.0.1:{arguments[arguments.index('--port') + 1]}", self.process)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(60) == 0
+
+
+def test_every_command_runs(workdir, request):
     for command in COMMANDS:
         words = shlex.split(command)
         if words[0] == "make":
@@ -60,6 +77,9 @@ def test_every_command_runs(workdir):
         elif words[0] == ".":
             (venv,) = re.findall(r"^VENV := (.+)$", (ROOT / "Makefile").read_text(), re.M)
             assert words[1] == f"{venv}/bin/activate"
+        elif words[1] == "serve":
+            server = Running(workdir, words[1:])
+            request.addfinalizer(server.stop)
         else:
             assert words[0] == "dsv2", command
             quick = ["--quick"] if words[1] == "demo" and "--list" not in words else []

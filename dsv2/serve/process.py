@@ -27,7 +27,7 @@ def served(path: str | Path, *options: str, log: Path) -> Iterator[str]:
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
         try:
             url = f"http://127.0.0.1:{port}"
-            _await(url, process, log)
+            await_server(url, process, log)
             yield url
         finally:
             process.terminate()
@@ -43,7 +43,8 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def await_server(url: str, process: subprocess.Popen[bytes], log: Path | None = None) -> None:
+    """Returns once the server answers. Raises RuntimeError, with the end of `log`, where it ends or keeps silent."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -51,5 +52,5 @@ def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
-    tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
-    raise RuntimeError(f"the server at {url} did not start; the end of {log}: {tail}")
+    said = "" if log is None else f"; the end of {log}: {log.read_text(encoding='utf-8', errors='replace')[-2000:]}"
+    raise RuntimeError(f"the server at {url} did not start{said}")
