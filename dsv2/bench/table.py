@@ -58,10 +58,23 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
 
 
 def write_page(files: Iterable[Path], out: Path) -> None:
-    """docs/kernels.md: the introduction, then a section a file. ValueError for a file of anything else."""
-    sections = [INTRODUCTION, *(_section(_read(file)) for file in files)]
+    """docs/kernels.md: the introduction, then a section a file. ValueError for anything else, or a file given twice."""
+    files = list(files)
+    paths = [file.resolve() for file in files]
+    for file, path in zip(files, paths, strict=True):
+        if paths.count(path) > 1:
+            raise ValueError(f"{file} is given twice")
+    sections = [INTRODUCTION, *(_section_of(file) for file in files)]
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, "\n".join(sections))
+
+
+def _section_of(file: Path) -> str:
+    results = _read(file)
+    try:
+        return _section(results)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,11 @@ MINIMUM_CAPABILITY = (9, 0)
 
 HOPPER = (9, 0)
 """Where kernels written for warp-group matrix instructions and the bulk copy engine run: exactly this capability."""
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""What most kernels take."""
+
+REFERENCE_FLOATS = (*FLOATS, torch.float64)
 
 log = logging.getLogger("dsv2.kernels")
 
@@ -51,6 +58,25 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def kernel_op(name: str, *, mutates_args: str | Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """`torch.library.custom_op` of a function that launches kernels, on the device of its first argument, a tensor."""
+    return lambda body: torch.library.custom_op(name, on_its_device(body), mutates_args=mutates_args)
+
+
+def on_its_device(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, wherever tensors are. To ask which that is costs less than to set it."""
+
+    @functools.wraps(body)
+    def run(x: Tensor, *others: Any) -> Any:
+        device = x.device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return body(x, *others)
+        with torch.cuda.device(device):
+            return body(x, *others)
+
+    return run
+
+
 def check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
     if x.dtype not in allowed:
         expected = " or ".join(str(d).removeprefix("torch.") for d in allowed)
@@ -64,9 +90,20 @@ def check_shape(name: str, x: Tensor, *expected: int | None) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({wanted})")
 
 
+def check_positive(what: str, size: int) -> None:
+    if size < 1:
+        raise ValueError(f"{what} is {size}, expected at least 1")
+
+
 def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
         raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}: expected one device")
+
+
+def check_aligned(name: str, x: Tensor) -> None:
+    """What the bulk copy engine reads begins at 16 bytes. Asked inside of operators: tensors of a trace lie nowhere."""
+    if x.data_ptr() % 16:
+        raise ValueError(f"{name} begins {x.data_ptr() % 16} bytes past a multiple of 16, expected at one")
 
 
 def unit_stride(x: Tensor) -> Tensor:

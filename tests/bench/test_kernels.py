@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -340,7 +341,8 @@ def test_the_command_on_the_cpu_writes_a_table_json_and_page(tmp_path):
     results = json.loads(out.read_text())
     assert (results["commit"], results["implementation"], results["torch"]) == ("abc", "reference", torch.__version__)
     assert [(row["benchmark"], row["parity"]) for row in results["rows"]] == [("rms_norm/view", "ok")]
-    assert dsv2("table", str(out), str(out), "--out", str(page)).output == f"wrote {page}\n"
+    again = shutil.copy(out, tmp_path / "again.json")
+    assert dsv2("table", str(out), str(again), "--out", str(page)).output == f"wrote {page}\n"
     assert page.read_text().count("| rms_norm/view |") == 2
 
 
@@ -397,6 +399,29 @@ def test_the_table_for_people_is_followed_by_what_failed():
 
 def test_every_column_of_the_page_is_explained():
     assert [c for c in COLUMNS[1:-1] if f"**{c}**" not in INTRODUCTION] == []
+
+
+def saved(tmp_path: Path, **changes: Any) -> Path:
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(kernels.head(MACHINE, "abc") | {"rows": [measure()]} | changes))
+    return file
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rows": None}, {"rows": [{}]}, {"rows": [3]}, {"date": 7}, {"ceilings": {"read_gb_per_s": "fast"}}],
+    ids=lambda changes: "-".join(changes),
+)
+def test_results_that_are_damaged_are_refused_by_name(tmp_path: Path, changes: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"r\.json is damaged: \w+: "):
+        write_page([saved(tmp_path, **changes)], tmp_path / "kernels.md")
+    assert not (tmp_path / "kernels.md").exists()
+
+
+def test_one_file_of_results_is_refused_a_second_time(tmp_path: Path):
+    file = saved(tmp_path)
+    with pytest.raises(ValueError, match=r"r\.json is given twice"):
+        write_page([file, file.parent / "." / ".." / file.parent.name / file.name], tmp_path / "kernels.md")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"what": "engine"}'])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from dsv2.kernels import backend
+from tests.kernels.rooms import ROOMS, part
 
 
 @pytest.fixture
@@ -54,3 +58,46 @@ def test_the_environment_can_ask_for_the_reference(gpu, monkeypatch) -> None:
     monkeypatch.setenv("DSV2_KERNELS", "triton")
     with pytest.raises(ValueError, match="DSV2_KERNELS='triton' must be 'auto' or 'reference'"):
         backend.use_kernel(gpu)
+
+
+# The current device -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("index", "expected"), [(1, ["set cuda:1", "run", "leave"]), (0, ["run"])])
+def test_an_operator_runs_on_the_device_of_its_tensors_and_sets_it_only_where_it_is_another(
+    monkeypatch: pytest.MonkeyPatch, index: int, expected: list[str]
+) -> None:
+    happened: list[str] = []
+
+    @contextlib.contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        happened.append(f"set {device}")
+        yield
+        happened.append("leave")
+
+    class OnTheGpu:
+        device = torch.device("cuda", index)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    run = backend.on_its_device(lambda x, *others: happened.append("run") or others)
+    assert run(OnTheGpu(), 1, 2) == (1, 2)
+    assert happened == expected
+
+
+def test_on_the_cpu_no_device_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("asked"))
+    assert backend.on_its_device(lambda x: x + 1)(torch.zeros(1)) == 1
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_operator_of_every_room_is_one_of_these(room: str) -> None:
+    file = part(room, "kernel").__file__
+    assert ".custom_op" not in Path(file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_room_keeps_a_tensor_between_calls(room: str) -> None:
+    """First made while a CUDA graph is captured, it would be the graph's, and hold nothing before a replay."""
+    cached = [f for f in vars(part(room, "kernel")).values() if hasattr(f, "cache_info")]
+    assert not [f.__name__ for f in cached if "Tensor" in str(inspect.signature(f).return_annotation)]

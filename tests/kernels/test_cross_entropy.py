@@ -106,6 +106,16 @@ def test_ignored_tokens_get_no_gradient_and_give_none() -> None:
     assert_close(dweight, torch.autograd.grad(loss, weight)[0])
 
 
+@pytest.mark.parametrize("implementation", [cross_entropy, kernel.cross_entropy, reference.cross_entropy])
+def test_nan_in_an_ignored_token_reaches_nothing(implementation: Callable[..., Tensor]) -> None:
+    hidden, weight, targets = head()
+    clean = torch.autograd.grad(implementation(hidden, weight, targets), (hidden, weight))
+    with torch.no_grad():
+        hidden[targets == IGNORED] = float("nan")
+    broken = torch.autograd.grad(implementation(hidden, weight, targets), (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(clean, broken, strict=True))
+
+
 @pytest.mark.parametrize("wrong", [97, -1, 2**40, -(2**40)])
 def test_the_kernel_makes_a_target_outside_the_vocabulary_nan_and_reads_nothing_there(wrong: int) -> None:
     hidden, weight, targets = head()

@@ -85,7 +85,7 @@ BAD = {
     "down has strides .*, expected contiguous": {"down": torch.zeros(8, 40, 64).transpose(1, 2)},
     "block_counts has shape .*, expected .1, 8.": {"block_counts": torch.zeros(2, 8, dtype=torch.int32)},
     "addend has shape .*, expected .9, 64.": {"addend": torch.zeros(9, 32)},
-    "x has D=60 channels and down F=40: both must be multiples of 8": {
+    "x has D=60 channels and down F=40: both must be multiples of 8, and not 0": {
         "x": torch.zeros(9, 60),
         "gate_up": torch.zeros(8, 80, 60),
         "down": torch.zeros(8, 60, 40),
@@ -111,6 +111,26 @@ def test_an_addend_may_be_given_when_all_else_is_launched(run) -> None:
 def test_the_operator_tells_the_compiler_the_truth() -> None:
     args = inputs()
     torch.library.opcheck(kernel._rows, (args["x"], args["experts"], args["gate_up"], args["down"], None, None))
+
+
+def off_by_one(x: Tensor) -> Tensor:
+    """The same numbers, one element past where they would begin."""
+    return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+def test_experts_that_the_copy_engine_cannot_read_are_refused(name: str) -> None:
+    args = inputs()
+    with pytest.raises(ValueError, match=rf"{name} begins 4 bytes past a multiple of 16, expected at one"):
+        kernel.grouped_mlp(**args | {name: off_by_one(args[name])})
+
+
+@pytest.mark.parametrize("name", ["gate", "up", "down"])
+def test_a_dense_layer_that_the_copy_engine_cannot_read_is_refused(name: str) -> None:
+    args = {"gate": torch.zeros(24, 16), "up": torch.zeros(24, 16), "down": torch.zeros(16, 24)}
+    args = {n: x.to(DEVICE) for n, x in args.items()}
+    with pytest.raises(ValueError, match=rf"{name} begins 4 bytes past a multiple of 16, expected at one"):
+        kernel.swiglu_mlp(torch.zeros(2, 16, device=DEVICE), **args | {name: off_by_one(args[name])})
 
 
 def test_a_dense_layer_of_other_widths_is_refused() -> None:

@@ -156,6 +156,20 @@ def test_what_does_not_match_is_named_with_both_values(message) -> None:
         mla_decode(**inputs(**BAD[message]))
 
 
+@pytest.mark.parametrize("num_sequences", [6, 8])
+def test_a_plan_of_another_step_is_refused(num_sequences: int) -> None:
+    stale = plan_decode(torch.ones(num_sequences, dtype=torch.int32), 4)
+    with pytest.raises(ValueError, match=f"plan is of {num_sequences} sequences, expected one of the 7 of lengths"):
+        mla_decode(**inputs(plan=stale))
+
+
+def test_a_cache_that_the_copy_engine_cannot_read_is_refused() -> None:
+    cache = inputs()["cache"]
+    moved = torch.cat((cache.new_zeros(1), cache.flatten()))[1:].view(cache.shape)
+    with pytest.raises(ValueError, match="cache begins 4 bytes past a multiple of 16, expected at one"):
+        kernel.mla_decode(**inputs(cache=moved))
+
+
 def test_a_plan_needs_a_part() -> None:
     with pytest.raises(ValueError, match="num_parts is 0, expected at least 1"):
         plan_decode(torch.zeros(1, dtype=torch.int32), 0)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +17,8 @@ from dsv2.kernels.mla_prefill import mla_prefill, plan
 from dsv2.kernels.mla_prefill.cases import bounds_of
 from dsv2.kernels.mla_prefill.reference import mla_prefill as reference
 from tests.numerics import BUDGETS, GRADIENT_BUDGETS, rel_err
+
+ROOT = Path(__file__).parents[2]
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -142,6 +149,20 @@ def test_pytorchs_attention_gives_what_the_reference_gives(lengths: tuple[int, .
         assert rel_err(actual, wanted) <= GRADIENT_BUDGETS[torch.float32]
 
 
+# On a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def test_widths_that_powers_of_two_cover_badly_fit_shared_memory() -> None:
+    """What a GPU is asked for grows with what covers the widths; 320 channels may lie in 416."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compile_prefill", "193,127", "160,160"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 2
+    assert max(line["shared_bytes"] for line in found) <= 232_448
+
+
 # As an operator ---------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +284,7 @@ def test_wide_dtypes_do_not_go_to_the_kernel(hopper) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # in autograd's thread, by the reference
 @pytest.mark.parametrize("lengths", [(256, 256), (1, 300, 0, 64, 65)])
 def test_on_the_gpu_both_implementations_agree_with_the_reference(lengths: tuple[int, ...]) -> None:
     a = packed(*lengths, H=4, K=192, V=128)

@@ -110,6 +110,12 @@ def test_a_token_gets_the_same_bits_wherever_it_stands() -> None:
         assert torch.equal(alone[0], together[t])
 
 
+def test_rows_in_the_order_of_tokens_are_combined_without_places() -> None:
+    rows, gates, addend = draw(15, 20), draw(5, 3), draw(5, 20)
+    places = torch.arange(15, dtype=torch.int32, device=DEVICE)
+    assert torch.equal(kernel.combine_rows(rows, None, gates, addend), kernel.combine_rows(rows, places, gates, addend))
+
+
 # Gradients --------------------------------------------------------------------------------------------------------
 
 

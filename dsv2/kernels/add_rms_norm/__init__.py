@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from dsv2.kernels.backend import check_dtype, check_same_device, check_shape, use_kernel
+from dsv2.kernels.backend import (
+    FLOATS,
+    REFERENCE_FLOATS,
+    check_dtype,
+    check_positive,
+    check_same_device,
+    check_shape,
+    use_kernel,
+)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -21,13 +28,15 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     arguments do not match.
     """
     check_shape("residual", residual, *x.shape)
+    check_positive("the width of x", x.shape[-1])
     check_shape("weight", weight, x.shape[-1])
     for name, other in (("residual", residual), ("weight", weight)):
         check_same_device(name, other, "x", x)
         check_dtype(name, other, x.dtype)
     if not use_kernel(x):
+        check_dtype("x", x, *REFERENCE_FLOATS)
         from dsv2.kernels.add_rms_norm.reference import add_rms_norm as run
     else:
-        check_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
+        check_dtype("x", x, *FLOATS)
         from dsv2.kernels.add_rms_norm.kernel import add_rms_norm as run
     return run(x, residual, weight, eps)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv2.kernels.backend import kernel_op
 from dsv2.kernels.rms_norm.kernel import blocks, inverse_rms, rms_norm_backward, rows_of
 
 
@@ -31,7 +32,7 @@ def _add_rms_norm_fwd_kernel(
     tl.store(y + o_t * D + o_d, (b_x * b_rms).to(y.dtype.element_ty) * b_w, mask=m)
 
 
-@torch.library.custom_op("dsv2::add_rms_norm", mutates_args=())
+@kernel_op("dsv2::add_rms_norm")
 def _forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rows, residual_rows = rows_of(x), rows_of(residual)
     T, D = rows.shape

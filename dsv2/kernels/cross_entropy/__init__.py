@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv2.kernels.backend import check_dtype, check_same_device, check_shape, use_kernel
+from dsv2.kernels.backend import FLOATS, REFERENCE_FLOATS, check_dtype, check_same_device, check_shape, use_kernel
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -14,7 +14,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_ind
     Args:
         hidden: [T, D], float32, float16 or bfloat16 (float64 in the reference).
         weight: [W, D], the head's, of hidden's dtype and on its device.
-        targets: [T] int64, ids in [0, W); tokens whose target is `ignore_index` add nothing.
+        targets: [T] int64, ids in [0, W); tokens whose target is `ignore_index` add nothing, whatever their rows hold.
 
     Returns a float32 scalar. Differentiable in hidden and weight, once. Logits are rounded to hidden's dtype, as by a
     linear layer; softmax and sum are float32, and the weight's gradient is accumulated in float32. The kernel goes
@@ -65,8 +65,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     check_dtype("targets", targets, torch.int64)
     check_same_device("weight", weight, "hidden", hidden)
     check_same_device("targets", targets, "hidden", hidden)
-    if use_kernel(hidden):
-        check_dtype("hidden", hidden, torch.float32, torch.float16, torch.bfloat16)
+    check_dtype("hidden", hidden, *(FLOATS if use_kernel(hidden) else REFERENCE_FLOATS))
 
 
 def _check_targets(targets: Tensor, num_ids: int) -> None:

@@ -35,6 +35,13 @@ def _ignoring(ignore_index: int, every: int) -> Inputs:
     return make
 
 
+def _broken(maker: Maker) -> dict[str, Any]:
+    """What is ignored holds NaN and infinities."""
+    inputs = _ignoring(IGNORED, 3)(maker)
+    inputs["hidden"][0], inputs["hidden"][3, 5], inputs["hidden"][6] = float("nan"), float("inf"), float("-inf")
+    return inputs
+
+
 def _views(maker: Maker) -> dict[str, Any]:
     """Rows inside wider rows, a weight by columns, and every other target."""
     return {
@@ -70,6 +77,7 @@ CASES = (
         for function in ("cross_entropy", "token_log_probs")
     ),
     Case(name="some-ignored", inputs=_ignoring(IGNORED, 3), gradients=BOTH),
+    Case(name="broken-where-ignored", inputs=_broken, gradients=BOTH),
     Case(name="all-ignored", inputs=_ignoring(IGNORED, 1), gradients=BOTH),
     Case(name="ignoring-a-word", inputs=_ignoring(5, 4), gradients=BOTH),
     Case(name="frozen-weight", inputs=_inputs(5, 16, 97), gradients=("hidden",)),

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv2.kernels.backend import kernel_op
+
 CHUNK_BYTES = 2**29
 """Most that the logits of a chunk take. Fixed, so that the order of additions is too."""
 
@@ -149,12 +151,14 @@ def _softmax_rows(
 # The sum: gradients in the forward pass ---------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dsv2::cross_entropy", mutates_args=())
+@kernel_op("dsv2::cross_entropy")
 def _loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_hidden: bool, with_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients, empty where not asked for."""
     targets = targets.contiguous()
+    # Ignored rows take part in the weight's gradient with a factor of 0, and 0 * NaN is NaN.
+    hidden = hidden.masked_fill((targets == ignore_index)[:, None], 0)
     log_probs, lses = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
     dhidden, dweight = _gradient_buffers(hidden, weight, with_hidden, with_weight)
     for chunk, logits in _chunks(hidden, weight):
@@ -171,7 +175,7 @@ def _(hidden, weight, targets, ignore_index, with_hidden, with_weight):
     return hidden.new_empty((), dtype=torch.float32), dhidden, dweight
 
 
-@torch.library.custom_op("dsv2::cross_entropy_backward", mutates_args=())
+@kernel_op("dsv2::cross_entropy_backward")
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """In fp32, whatever goes in and comes out, and in one pass over memory."""
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
@@ -215,7 +219,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index:
 # Token by token: logits again in the backward pass ----------------------------------------------------------------
 
 
-@torch.library.custom_op("dsv2::token_log_probs", mutates_args=())
+@kernel_op("dsv2::token_log_probs")
 def _log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     targets = targets.contiguous()
     log_probs, lses = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
@@ -229,7 +233,7 @@ def _(hidden, weight, targets):
     return tuple(hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
 
 
-@torch.library.custom_op("dsv2::token_log_probs_backward", mutates_args=())
+@kernel_op("dsv2::token_log_probs_backward")
 def _log_probs_backward(
     hidden: Tensor,
     weight: Tensor,

@@ -8,7 +8,8 @@ from torch import Tensor
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
     counted_T = targets != ignore_index
-    # Any id stands in for an ignored target: what it gives is dropped.
+    # Any id stands in for an ignored target, and zeros for its row, which may hold NaN: what they give is dropped.
+    hidden = hidden.masked_fill(~counted_T[:, None], 0)
     log_probs_T = token_log_probs(hidden, weight, torch.where(counted_T, targets, 0))
     return -torch.where(counted_T, log_probs_T, 0.0).sum()
 

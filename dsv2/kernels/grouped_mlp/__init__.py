@@ -7,7 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dsv2.kernels.backend import check_dtype, check_same_device, check_shape, use_kernel
+from dsv2.kernels.backend import (
+    FLOATS,
+    REFERENCE_FLOATS,
+    check_dtype,
+    check_positive,
+    check_same_device,
+    check_shape,
+    use_kernel,
+)
 from dsv2.kernels.route import ROUTE_BLOCK
 
 
@@ -25,9 +33,9 @@ def grouped_mlp(
     Args:
         x: [T, D], float32, float16 or bfloat16 (float64 in the reference); rows may be strided.
         experts: [T, A] int64, each in [0, E).
-        gates: [T, A] float32.
+        gates: [T, A] float32 (float64 in the reference).
         gate_up: [E, 2F, D], gate rows before up rows, contiguous; D and F multiples of 8.
-        down: [E, D, F], contiguous.
+        down: [E, D, F], contiguous. For the kernel both begin at multiples of 16 bytes.
         addend: [T, D], the output of the shared experts; or what gives it, called when all else has been launched, for
             those that run beside this.
         block_counts: what `route` counted of these experts, which saves counting again.
@@ -41,11 +49,14 @@ def grouped_mlp(
         check_dtype("block_counts", block_counts, torch.int32)
         check_same_device("block_counts", block_counts, "x", x)
     if not use_kernel(x):
+        check_dtype("x", x, *REFERENCE_FLOATS)
+        check_dtype("gates", gates, torch.float32, torch.float64)
         from dsv2.kernels.grouped_mlp.reference import grouped_mlp as reference
 
         given = addend if addend is None or isinstance(addend, Tensor) else addend()
         return reference(x, experts, gates, gate_up, down, given, block_counts)
-    check_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
+    check_dtype("x", x, *FLOATS)
+    check_dtype("gates", gates, torch.float32)
     from dsv2.kernels.grouped_mlp.kernel import grouped_mlp as kernel
 
     return kernel(x, experts, gates, gate_up, down, addend, block_counts)
@@ -57,7 +68,7 @@ def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     Args:
         x: [T, D], float32, float16 or bfloat16 (float64 in the reference); rows may be strided.
         gate, up: [F, D], contiguous; D and F multiples of 8.
-        down: [D, F], contiguous.
+        down: [D, F], contiguous. For the kernel all three begin at multiples of 16 bytes.
 
     Returns [T, D]. Differentiable in all. Raises ValueError where the arguments do not match.
     """
@@ -71,9 +82,10 @@ def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         check_same_device(name, tensor, "x", x)
         _check_contiguous(name, tensor)
     if not use_kernel(x):
+        check_dtype("x", x, *REFERENCE_FLOATS)
         from dsv2.kernels.grouped_mlp.reference import swiglu_mlp as run
     else:
-        check_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
+        check_dtype("x", x, *FLOATS)
         from dsv2.kernels.grouped_mlp.kernel import swiglu_mlp as run
     return run(x, gate, up, down)
 
@@ -82,9 +94,11 @@ def _check(x: Tensor, experts: Tensor, gates: Tensor, gate_up: Tensor, down: Ten
     check_shape("x", x, None, None)
     check_shape("experts", experts, len(x), None)
     check_dtype("experts", experts, torch.int64)
+    check_positive("the width of experts", experts.shape[1])
     check_shape("gates", gates, *experts.shape)
     check_shape("down", down, None, x.shape[1], None)
     E, D, F = down.shape
+    check_positive("the number of matrices in down", E)
     check_shape("gate_up", gate_up, E, 2 * F, D)
     _check_widths(x, F)
     tensors = {"gate_up": gate_up, "down": down} | ({} if addend is None else {"addend": addend})
@@ -101,8 +115,8 @@ def _check(x: Tensor, experts: Tensor, gates: Tensor, gate_up: Tensor, down: Ten
 def _check_widths(x: Tensor, F: int) -> None:
     """Grouped products and bulk copies want rows of whole 16 bytes."""
     D = x.shape[1]
-    if D % 8 or F % 8:
-        raise ValueError(f"x has D={D} channels and down F={F}: both must be multiples of 8")
+    if D % 8 or F % 8 or D == 0 or F == 0:
+        raise ValueError(f"x has D={D} channels and down F={F}: both must be multiples of 8, and not 0")
 
 
 def _check_contiguous(name: str, x: Tensor) -> None:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dsv2.kernels.backend import joined, kernel_op, unit_stride
+from dsv2.kernels.backend import check_aligned, joined, kernel_op, unit_stride
 from dsv2.kernels.permute.kernel import combine_rows, gather_rows, sort_rows
 from dsv2.kernels.swiglu.kernel import swiglu, swiglu_packed
 
@@ -59,9 +59,9 @@ def _tile(ends, i_tile, E, BE: tl.constexpr, BM: tl.constexpr):
     return e, row0, tl.sum(tl.where(o_e == e, b_end, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _grouped_linear_kernel(
-    x, w_desc, up_desc, order, experts, ends, y, stride_x, K, N, rows_an_expert, E, A,
+    x, w_desc, up_desc, order, experts, ends, y, stride_x, num_rows, K, N, rows_an_expert, E, A,
     GATED: tl.constexpr, SORTED: tl.constexpr, GATHER: tl.constexpr, SWAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -70,10 +70,14 @@ def _grouped_linear_kernel(
     i_tile = tl.program_id(1)
     if SORTED:
         e, row0, row_end = _tile(ends, i_tile, E, BE, BM)
-    else:
+    elif experts is not None:
         e = tl.load(experts + i_tile).to(tl.int32)
         row0 = i_tile
         row_end = i_tile + 1
+    else:
+        e = i_tile * 0
+        row0 = i_tile * BM
+        row_end = num_rows
     if e < E:
         o_m = row0 + tl.arange(0, BM)
         m_m = o_m < row_end
@@ -182,19 +186,19 @@ def _linear(
     """One launch: [num_rows, N] from the rows of x, each through its expert's matrix of `weight` [E, N, K].
 
     With `up`, of weight's shape and strides: SwiGLU of the two products. With `ends` the rows are sorted; without, row
-    m belongs to experts.flatten()[m]. `gather` reads row m from x[order[m] // A].
+    m belongs to experts.flatten()[m], or all rows to one expert. `gather` reads row m from x[order[m] // A].
     """
     E, N, K = weight.shape
     A = 1 if experts is None else experts.shape[1]
     y = torch.empty(num_rows, N, dtype=x.dtype, device=x.device)
     BM, BN, BK, swap, stages, warps = blocks
-    max_tiles = num_rows if ends is None else _max_tiles(num_rows, E, BM)
+    max_tiles = num_rows if experts is not None and ends is None else _max_tiles(num_rows, E, BM)
     if num_rows == 0:
         return y
     rows_an_expert = weight.stride(0) // K
     _grouped_linear_kernel[(triton.cdiv(N, BN), max_tiles)](
         x, _descriptor(weight, BN, BK), _descriptor(weight if up is None else up, BN, BK), order, experts, ends, y,
-        x.stride(0), K, N, rows_an_expert, E, A, GATED=up is not None, SORTED=ends is not None, GATHER=gather,
+        x.stride(0), num_rows, K, N, rows_an_expert, E, A, GATED=up is not None, SORTED=ends is not None, GATHER=gather,
         SWAP=swap, BM=BM, BN=BN, BK=BK, BE=triton.next_power_of_2(E), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return y
@@ -257,16 +261,13 @@ def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-@functools.cache
-def _identity(num_rows: int, device: torch.device) -> Tensor:
-    return torch.arange(num_rows, dtype=torch.int32, device=device)
-
-
 @kernel_op("dsv2::grouped_mlp")
 def _rows(
     x: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, order: Tensor | None, ends: Tensor | None
 ) -> Tensor:
     """What the experts make of their rows [M, D], sorted as `order` and `ends` say; without, row t * A + a is of t."""
+    check_aligned("gate_up", gate_up)
+    check_aligned("down", down)
     T, A = experts.shape
     M, E = T * A, len(down)
     x, experts = unit_stride(x), experts.contiguous()
@@ -293,10 +294,8 @@ def _inference(
     addend: Tensor | Callable[[], Tensor] | None,
     block_counts: Tensor | None,
 ) -> Tensor:
-    order = ends = None
-    if len(x) <= UNSORTED_TOKENS:
-        inverse = _identity(experts.numel(), x.device)
-    else:
+    order = inverse = ends = None
+    if len(x) > UNSORTED_TOKENS:
         order, inverse, ends = sort_rows(experts, len(down), block_counts)
     rows = _rows(x, experts, gate_up, down, order, ends)
     return combine_rows(rows, inverse, gates, addend() if callable(addend) else addend)
@@ -305,22 +304,18 @@ def _inference(
 @kernel_op("dsv2::swiglu_mlp")
 def _dense(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """One expert that takes every row once."""
+    for name, tensor in (("gate", gate), ("up", up), ("down", down)):
+        check_aligned(name, tensor)
     T = len(x)
     x = unit_stride(x)
     first, second = blocks_for(T, 1, x.dtype)
-    ends = _all_rows(T, x.device)
-    h = _linear(x, gate[None], up[None], T, first, ends=ends)
-    return _linear(h, down[None], None, T, second, ends=ends)
+    h = _linear(x, gate[None], up[None], T, first)
+    return _linear(h, down[None], None, T, second)
 
 
 @_dense.register_fake
 def _(x, gate, up, down) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@functools.cache
-def _all_rows(T: int, device: torch.device) -> Tensor:
-    return torch.tensor([T], dtype=torch.int32, device=device)
 
 
 def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv2.kernels.backend import check_dtype, check_same_device, check_shape, use_kernel
+from dsv2.kernels.backend import (
+    FLOATS,
+    REFERENCE_FLOATS,
+    check_dtype,
+    check_positive,
+    check_same_device,
+    check_shape,
+    use_kernel,
+)
 from dsv2.kernels.rope import check_tables
 
 PAGE_SIZE = 64
@@ -46,9 +54,10 @@ def write_latent(
         if q_rope.stride(-1) != 1:
             raise ValueError(f"q_rope has strides {q_rope.stride()}, expected channels side by side")
     if not use_kernel(kv):
+        check_dtype("kv", kv, *REFERENCE_FLOATS)
         from dsv2.kernels.latent_cache.reference import write_latent as run
     else:
-        check_dtype("kv", kv, torch.float32, torch.float16, torch.bfloat16)
+        check_dtype("kv", kv, *FLOATS)
         check_dtype("cos", cos, torch.float32)
         check_dtype("sin", sin, torch.float32)
         from dsv2.kernels.latent_cache.kernel import write_latent as run
@@ -58,7 +67,9 @@ def write_latent(
 def _check(kv: Tensor, weight: Tensor, cache: Tensor, slots: Tensor) -> None:
     check_shape("kv", kv, None, None)
     check_shape("weight", weight, None)
+    check_positive("the width of weight", len(weight))
     check_shape("cache", cache, None, PAGE_SIZE, kv.shape[1])
+    check_positive("the number of the cache's pages", len(cache))
     check_shape("slots", slots, kv.shape[0])
     check_dtype("slots", slots, torch.int64)
     for name, other in (("weight", weight), ("cache", cache)):

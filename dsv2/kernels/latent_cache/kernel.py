@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv2.kernels.backend import kernel_op
 from dsv2.kernels.rms_norm.kernel import blocks, inverse_rms, rows_of
 from dsv2.kernels.rope.kernel import rotate_rows
 
@@ -46,7 +46,7 @@ def _write_latent_kernel(
         tl.store(p_cache + o_c, b_n * b_w, mask=m_slot & m_c)
 
 
-@torch.library.custom_op("dsv2::write_latent", mutates_args={"cache", "q_rope"})
+@kernel_op("dsv2::write_latent", mutates_args={"cache", "q_rope"})
 def _write_latent(
     kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, layout: str, cache: Tensor, slots: Tensor,
     q_rope: Tensor | None,

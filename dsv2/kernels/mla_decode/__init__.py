@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv2.kernels.backend import check_dtype, check_same_device, check_shape, use_kernel
+from dsv2.kernels.backend import FLOATS, REFERENCE_FLOATS, check_dtype, check_same_device, check_shape, use_kernel
 from dsv2.kernels.latent_cache import PAGE_SIZE as PAGE
 
 MAX_QUERY_TOKENS = 8
@@ -67,7 +67,8 @@ def mla_decode(
     Args:
         q_latent: [T, H, C], queries with W_UK absorbed; T = B * n, n tokens a sequence, 1 <= n <= 8; may be strided.
         q_rope: [T, H, R], rotated queries; may be strided.
-        cache: [P, 64, C + R] pages, contiguous; slots that no length covers may hold anything.
+        cache: [P, 64, C + R] pages, contiguous, for the kernel from a multiple of 16 bytes on; slots that no length
+            covers may hold anything.
         page_table: [B, max_pages] int32; entries past a sequence's length are not read.
         lengths: [B] int32, cached tokens of each sequence, this step's included; 0 gives zeros and -inf.
         scale: of the logits, 1/sqrt(N + R) times YaRN's softmax factor.
@@ -81,11 +82,14 @@ def mla_decode(
     _check(q_latent, q_rope, cache, page_table, lengths)
     if not scale > 0:
         raise ValueError(f"scale is {scale}, expected above 0")
+    if plan is not None and len(plan.splits) != len(lengths) + 1:
+        raise ValueError(f"plan is of {len(plan.splits) - 1} sequences, expected one of the {len(lengths)} of lengths")
     if not use_kernel(q_latent):
+        check_dtype("q_latent", q_latent, *REFERENCE_FLOATS)
         from dsv2.kernels.mla_decode.reference import mla_decode as reference
 
         return reference(q_latent, q_rope, cache, page_table, lengths, scale)
-    check_dtype("q_latent", q_latent, torch.bfloat16, torch.float16, torch.float32)
+    check_dtype("q_latent", q_latent, *FLOATS)
     from dsv2.kernels.mla_decode.kernel import mla_decode as kernel
 
     if plan is None:

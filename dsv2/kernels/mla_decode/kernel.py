@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv2.kernels.backend import HOPPER, capability, unit_stride
+from dsv2.kernels.backend import HOPPER, capability, check_aligned, kernel_op, unit_stride
 from dsv2.kernels.mla_decode import OVERHEAD_PAGES, PAGE, DecodePlan
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -190,7 +190,7 @@ def _combine_kernel(
                 tl.store(lse + seq * num_rows + row, (top + tl.log2(total)) * LN2)
 
 
-@torch.library.custom_op("dsv2::mla_decode_plan", mutates_args=())
+@kernel_op("dsv2::mla_decode_plan")
 def _plan(lengths: Tensor, num_parts: int) -> tuple[Tensor, Tensor, Tensor]:
     parts, splits, cut = _empty_plan(lengths, num_parts)
     _plan_kernel[(1,)](
@@ -211,7 +211,7 @@ def plan_decode(lengths: Tensor, num_parts: int) -> tuple[Tensor, Tensor, Tensor
     return _plan(lengths, num_parts)
 
 
-@torch.library.custom_op("dsv2::mla_decode", mutates_args=())
+@kernel_op("dsv2::mla_decode")
 def _decode(
     q_latent: Tensor,
     q_rope: Tensor,
@@ -223,6 +223,7 @@ def _decode(
     splits: Tensor,
     cut: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    check_aligned("cache", cache)
     q_latent, q_rope, page_table = (unit_stride(x) for x in (q_latent, q_rope, page_table))
     lengths = lengths.contiguous()
     (T, H, C), R, B = q_latent.shape, q_rope.shape[-1], len(lengths)

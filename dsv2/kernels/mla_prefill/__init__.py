@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dsv2.kernels.backend import HOPPER, capability, check_dtype, check_same_device, check_shape, use_kernel
+from dsv2.kernels.backend import (
+    HOPPER,
+    REFERENCE_FLOATS,
+    capability,
+    check_dtype,
+    check_positive,
+    check_same_device,
+    check_shape,
+    use_kernel,
+)
 
 HALF = (torch.bfloat16, torch.float16)
 MAX_WIDTH = 256
@@ -138,7 +147,9 @@ def _check(
     k_rope_prefix: Tensor | None,
 ) -> None:
     check_shape("q", q, None, None, None)
+    check_dtype("q", q, *REFERENCE_FLOATS)
     T, H, K = q.shape
+    check_positive("the number of q's heads", H)
     rope = {} if k_rope is None else {"k_rope": k_rope}
     if k_rope is not None:
         check_shape("k_rope", k_rope, T, None)

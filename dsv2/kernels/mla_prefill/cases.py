@@ -95,7 +95,7 @@ CASES = (
         )
     ),
     Case(name="no-rows", inputs=_inputs((0, 0), (2, 2), (48, 32)), gradients=ALL),
-    Case(name="no-documents", inputs=_inputs((), (2, 2), (48, 32))),
+    Case(name="no-documents", inputs=_inputs((), (2, 2), (48, 32)), gradients=ALL),
     Case(
         name="prefix",
         inputs=_inputs((3, 66, 0, 1), (2, 2), (48, 32), prefix=(129, 1, 5, 0)),

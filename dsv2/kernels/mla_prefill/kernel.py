@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dsv2.kernels.backend import HOPPER, capability
+from dsv2.kernels.backend import HOPPER, capability, kernel_op
 from dsv2.kernels.mla_prefill.reference import with_rope
 
 LOG2_E = math.log2(math.e)
@@ -268,7 +268,7 @@ class Blocks(NamedTuple):
     HEADS: int = 4
 
 
-# For Hopper's 227 KiB of shared memory, and keys and values of at most 320 channels together; and for all else.
+# For Hopper's 227 KiB of shared memory, and what covers keys and values at most 320 wide together; and for all else.
 BLOCKS = {"fwd": Blocks(128, 64, 8, 3), "dq": Blocks(128, 64, 8, 3), "dkv": Blocks(64, 128, 8, 2)}
 SMALL_BLOCKS = {"fwd": Blocks(64, 32, 4, 2), "dq": Blocks(64, 32, 4, 2), "dkv": Blocks(32, 64, 4, 2)}
 
@@ -276,11 +276,11 @@ SMALL_BLOCKS = {"fwd": Blocks(64, 32, 4, 2), "dq": Blocks(64, 32, 4, 2), "dkv": 
 @functools.cache
 def constants(kernel: str, device: torch.device, K: int, V: int) -> dict[str, int]:
     """Blocks, and what covers the widths: powers of two from 16, for K two of them where needed (192 = 128 + 64)."""
-    hopper = device.type != "cuda" or capability(device) == HOPPER
-    blocks = BLOCKS if hopper and K + V <= 320 else SMALL_BLOCKS
     BK = max(triton.next_power_of_2(K + 1) // 2, 16)
     BK2 = max(triton.next_power_of_2(K - BK), 16) if K > BK else 0
     BV = max(triton.next_power_of_2(V), 16)
+    hopper = device.type != "cuda" or capability(device) == HOPPER
+    blocks = BLOCKS if hopper and BK + BK2 + BV <= 320 else SMALL_BLOCKS
     return {"K": K, "V": V, "BK": BK, "BK2": BK2, "BV": BV, **blocks[kernel]._asdict()}
 
 
@@ -318,7 +318,7 @@ def takes_shared_keys(k: Tensor, k_rope: Tensor) -> bool:
     return k.shape[2] == c["BK"]
 
 
-@torch.library.custom_op("dsv2::mla_prefill", mutates_args=())
+@kernel_op("dsv2::mla_prefill")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float,
     k_prefix: Tensor | None, v_prefix: Tensor | None, cu_seqlens_prefix: Tensor | None,
@@ -348,7 +348,7 @@ def _(
     return q.new_empty(T, H, v.shape[2]), q.new_empty(H, T, dtype=torch.float32)
 
 
-@torch.library.custom_op("dsv2::mla_prefill_backward", mutates_args=())
+@kernel_op("dsv2::mla_prefill_backward")
 def _backward(
     do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float,
     k_prefix: Tensor | None, v_prefix: Tensor | None, cu_seqlens_prefix: Tensor | None,

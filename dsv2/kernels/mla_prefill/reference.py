@@ -28,7 +28,7 @@ def mla_prefill(
         k_prefix = with_rope(k_prefix, k_rope_prefix)
     documents = pairwise(cu_seqlens.tolist() if bounds is None else bounds)
     prefixes = None if cu_seqlens_prefix is None else list(pairwise(cu_seqlens_prefix.tolist()))
-    outputs = [q.new_empty(0, q.shape[1], v.shape[2])]
+    outputs = [attention(q[:0], k[:0], v[:0], scale)]
     for i, (start, stop) in enumerate(documents):
         k_SHK, v_SHV = k[start:stop], v[start:stop]
         if k_prefix is not None and v_prefix is not None and prefixes is not None:

@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv2.kernels.backend import check_dtype, check_same_device, check_shape, use_kernel
+from dsv2.kernels.backend import (
+    FLOATS,
+    REFERENCE_FLOATS,
+    check_dtype,
+    check_positive,
+    check_same_device,
+    check_shape,
+    use_kernel,
+)
 from dsv2.kernels.route import ROUTE_BLOCK
 
 
@@ -26,6 +34,8 @@ def sort_rows(experts: Tensor, num_experts: int, block_counts: Tensor | None = N
     """
     check_shape("experts", experts, None, None)
     check_dtype("experts", experts, torch.int64)
+    check_positive("the width of experts", experts.shape[1])
+    check_positive("num_experts", num_experts)
     if block_counts is not None:
         check_shape("block_counts", block_counts, -(-len(experts) // ROUTE_BLOCK), num_experts)
         check_dtype("block_counts", block_counts, torch.int32)
@@ -48,13 +58,16 @@ def gather_rows(x: Tensor, order: Tensor, inverse: Tensor, experts_per_token: in
     ValueError where the arguments do not match.
     """
     check_shape("x", x, None, None)
+    check_positive("the width of x", x.shape[1])
+    check_positive("experts_per_token", experts_per_token)
     M = len(x) * experts_per_token
     _check_places("order", order, M, "x", x)
     _check_places("inverse", inverse, M, "x", x)
     if not use_kernel(x):
+        check_dtype("x", x, *REFERENCE_FLOATS)
         from dsv2.kernels.permute.reference import gather_rows as run
     else:
-        check_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
+        check_dtype("x", x, *FLOATS)
         from dsv2.kernels.permute.kernel import gather_rows as run
     return run(x, order, inverse, experts_per_token)
 
@@ -72,7 +85,9 @@ def combine_rows(rows: Tensor, inverse: Tensor, gates: Tensor, addend: Tensor | 
     Raises ValueError where the arguments do not match.
     """
     check_shape("gates", gates, None, None)
+    check_positive("the width of gates", gates.shape[1])
     check_shape("rows", rows, gates.numel(), None)
+    check_positive("the width of rows", rows.shape[1])
     check_same_device("gates", gates, "rows", rows)
     _check_places("inverse", inverse, len(rows), "rows", rows)
     if addend is not None:
@@ -80,9 +95,11 @@ def combine_rows(rows: Tensor, inverse: Tensor, gates: Tensor, addend: Tensor | 
         check_dtype("addend", addend, rows.dtype)
         check_same_device("addend", addend, "rows", rows)
     if not use_kernel(rows):
+        check_dtype("rows", rows, *REFERENCE_FLOATS)
+        check_dtype("gates", gates, torch.float32, torch.float64)
         from dsv2.kernels.permute.reference import combine_rows as run
     else:
-        check_dtype("rows", rows, torch.float32, torch.float16, torch.bfloat16)
+        check_dtype("rows", rows, *FLOATS)
         check_dtype("gates", gates, torch.float32)
         from dsv2.kernels.permute.kernel import combine_rows as run
     return run(rows, inverse, gates, addend)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2.kernels.backend import unit_stride
+from dsv2.kernels.backend import kernel_op, unit_stride
 from dsv2.kernels.route import ROUTE_BLOCK
 
 MIN_PROGRAMS = 264
@@ -94,12 +94,15 @@ def _spread_rows_kernel(x, inverse, y, stride_x, D, A: tl.constexpr, BD: tl.cons
 
 @triton.jit
 def _sum_rows_kernel(rows, inverse, gates, addend, y, stride_rows, stride_addend, D, A: tl.constexpr, BD: tl.constexpr):
+    """Without `inverse` the rows lie in the order of tokens."""
     i_t = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D
     b_y = tl.zeros([BD], dtype=tl.float32)
     for i_a in tl.static_range(A):
-        i_m = tl.load(inverse + i_t * A + i_a).to(tl.int64)
+        i_m = i_t * A + i_a
+        if inverse is not None:
+            i_m = tl.load(inverse + i_m).to(tl.int64)
         b_row = tl.load(rows + i_m * stride_rows + o_d, mask=m_d, other=0.0).to(tl.float32)
         if gates is not None:
             b_row *= tl.load(gates + i_t * A + i_a)
@@ -133,7 +136,7 @@ def _piece(T: int, D: int) -> dict[str, int]:
     return {"BD": BD, "num_warps": max(BD // 512, 1)}
 
 
-@torch.library.custom_op("dsv2::sort_rows", mutates_args=())
+@kernel_op("dsv2::sort_rows")
 def _sort(experts: Tensor, num_experts: int, block_counts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     experts = experts.contiguous()
     (T, A), E, BE = experts.shape, num_experts, max(triton.next_power_of_2(num_experts), 16)
@@ -166,7 +169,7 @@ def _(experts: Tensor, num_experts: int, block_counts: Tensor | None) -> tuple[T
     return order, torch.empty_like(order), experts.new_empty(num_experts, dtype=torch.int32)
 
 
-@torch.library.custom_op("dsv2::gather_rows", mutates_args=())
+@kernel_op("dsv2::gather_rows")
 def _gather(x: Tensor, inverse: Tensor, experts_per_token: int) -> Tensor:
     x, inverse = unit_stride(x), inverse.contiguous()
     T, D = x.shape
@@ -183,8 +186,8 @@ def _(x: Tensor, inverse: Tensor, experts_per_token: int) -> Tensor:
     return x.new_empty(len(inverse), x.shape[1])
 
 
-def _sum(rows: Tensor, inverse: Tensor, gates: Tensor | None, addend: Tensor | None, T: int, A: int) -> Tensor:
-    rows, inverse, D = unit_stride(rows), inverse.contiguous(), rows.shape[1]
+def _sum(rows: Tensor, inverse: Tensor | None, gates: Tensor | None, addend: Tensor | None, T: int, A: int) -> Tensor:
+    rows, inverse, D = unit_stride(rows), None if inverse is None else inverse.contiguous(), rows.shape[1]
     y = torch.empty(T, D, dtype=rows.dtype, device=rows.device)
     if T:
         piece = _piece(T, D)
@@ -194,7 +197,7 @@ def _sum(rows: Tensor, inverse: Tensor, gates: Tensor | None, addend: Tensor | N
     return y
 
 
-@torch.library.custom_op("dsv2::gather_rows_backward", mutates_args=())
+@kernel_op("dsv2::gather_rows_backward")
 def _gather_backward(dy: Tensor, inverse: Tensor, experts_per_token: int) -> Tensor:
     return _sum(dy, inverse, None, None, len(dy) // experts_per_token, experts_per_token)
 
@@ -204,17 +207,17 @@ def _(dy: Tensor, inverse: Tensor, experts_per_token: int) -> Tensor:
     return dy.new_empty(len(dy) // experts_per_token, dy.shape[1])
 
 
-@torch.library.custom_op("dsv2::combine_rows", mutates_args=())
-def _combine(rows: Tensor, inverse: Tensor, gates: Tensor, addend: Tensor | None) -> Tensor:
+@kernel_op("dsv2::combine_rows")
+def _combine(rows: Tensor, inverse: Tensor | None, gates: Tensor, addend: Tensor | None) -> Tensor:
     return _sum(rows, inverse, gates.contiguous(), None if addend is None else unit_stride(addend), *gates.shape)
 
 
 @_combine.register_fake
-def _(rows: Tensor, inverse: Tensor, gates: Tensor, addend: Tensor | None) -> Tensor:
+def _(rows: Tensor, inverse: Tensor | None, gates: Tensor, addend: Tensor | None) -> Tensor:
     return rows.new_empty(len(gates), rows.shape[1])
 
 
-@torch.library.custom_op("dsv2::combine_rows_backward", mutates_args=())
+@kernel_op("dsv2::combine_rows_backward")
 def _combine_backward(dy: Tensor, rows: Tensor, inverse: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
     dy, rows, inverse, gates = unit_stride(dy), unit_stride(rows), inverse.contiguous(), gates.contiguous()
     (T, A), (M, D) = gates.shape, rows.shape
@@ -273,5 +276,6 @@ def gather_rows(x: Tensor, order: Tensor, inverse: Tensor, experts_per_token: in
     return _gather(x, inverse, experts_per_token)
 
 
-def combine_rows(rows: Tensor, inverse: Tensor, gates: Tensor, addend: Tensor | None = None) -> Tensor:
+def combine_rows(rows: Tensor, inverse: Tensor | None, gates: Tensor, addend: Tensor | None = None) -> Tensor:
+    """Of rows in the order of tokens, for `inverse` None, without gradients of rows and gates."""
     return _combine(rows, inverse, gates, addend)

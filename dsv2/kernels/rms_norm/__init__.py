@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from dsv2.kernels.backend import check_dtype, check_same_device, check_shape, use_kernel
+from dsv2.kernels.backend import (
+    FLOATS,
+    REFERENCE_FLOATS,
+    check_dtype,
+    check_positive,
+    check_same_device,
+    check_shape,
+    use_kernel,
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -13,16 +20,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Args:
         x: [..., D], float32, float16 or bfloat16 (float64 in the reference); rows may be strided.
-        weight: [D], on x's device.
+        weight: [D] in x's dtype, on x's device.
 
     Returns a contiguous tensor of x's shape. Differentiable in x and weight. Raises ValueError where the arguments
     do not match.
     """
+    check_positive("the width of x", x.shape[-1])
     check_shape("weight", weight, x.shape[-1])
     check_same_device("weight", weight, "x", x)
+    check_dtype("weight", weight, x.dtype)
     if not use_kernel(x):
+        check_dtype("x", x, *REFERENCE_FLOATS)
         from dsv2.kernels.rms_norm.reference import rms_norm as run
     else:
-        check_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
+        check_dtype("x", x, *FLOATS)
         from dsv2.kernels.rms_norm.kernel import rms_norm as run
     return run(x, weight, eps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv2.kernels.backend import check_dtype, check_same_device, check_shape, use_kernel
+from dsv2.kernels.backend import FLOATS, REFERENCE_FLOATS, check_dtype, check_same_device, check_shape, use_kernel
 
 LAYOUTS = ("interleaved", "half")
 
@@ -26,9 +26,10 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     check_shape("x", x, None, None, None)
     check_tables(cos, sin, layout, "x", x, num_channels=x.shape[-1])
     if not use_kernel(x):
+        check_dtype("x", x, *REFERENCE_FLOATS)
         from dsv2.kernels.rope.reference import rope as run
     else:
-        check_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
+        check_dtype("x", x, *FLOATS)
         check_dtype("cos", cos, torch.float32)
         check_dtype("sin", sin, torch.float32)
         from dsv2.kernels.rope.kernel import rope as run
@@ -43,9 +44,10 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> None:
     if x.stride(-1) != 1:
         raise ValueError(f"x has strides {x.stride()}, expected channels side by side")
     if not use_kernel(x):
+        check_dtype("x", x, *REFERENCE_FLOATS)
         from dsv2.kernels.rope.reference import rope_ as run
     else:
-        check_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
+        check_dtype("x", x, *FLOATS)
         check_dtype("cos", cos, torch.float32)
         check_dtype("sin", sin, torch.float32)
         from dsv2.kernels.rope.kernel import rope_ as run
@@ -60,4 +62,5 @@ def check_tables(cos: Tensor, sin: Tensor, layout: str, name: str, x: Tensor, nu
         raise ValueError(f"{name} has {num_channels} rotary channels, expected pairs")
     for table_name, table in (("cos", cos), ("sin", sin)):
         check_shape(table_name, table, x.shape[0], num_channels // 2)
+        check_dtype(table_name, table, torch.float32, torch.float64)
         check_same_device(table_name, table, name, x)

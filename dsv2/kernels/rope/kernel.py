@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2.kernels.backend import unit_stride
+from dsv2.kernels.backend import kernel_op, unit_stride
 
 
 @triton.jit
@@ -57,14 +57,14 @@ def _rope_kernel(
     )  # fmt: skip
 
 
-@torch.library.custom_op("dsv2::rope", mutates_args=())
+@kernel_op("dsv2::rope")
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str, transposed: bool) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(unit_stride(x), y, cos, sin, layout, transposed)
     return y
 
 
-@torch.library.custom_op("dsv2::rope_", mutates_args=("x",))
+@kernel_op("dsv2::rope_", mutates_args=("x",))
 def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> None:
     _launch(x, x, cos, sin, layout, False)
 

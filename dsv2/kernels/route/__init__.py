@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from dsv2.kernels.backend import check_dtype, check_same_device, check_shape, use_kernel
+from dsv2.kernels.backend import FLOATS, REFERENCE_FLOATS, check_dtype, check_same_device, check_shape, use_kernel
 from dsv2.kernels.route.reference import ROUTE_BLOCK
 
 __all__ = ["ROUTE_BLOCK", "route"]
@@ -48,10 +47,12 @@ def route(
     check_same_device("weight", weight, "h", h)
     _check_groups(len(weight), experts_per_token, num_groups, groups_per_token)
     if not use_kernel(h):
+        check_dtype("h", h, *REFERENCE_FLOATS)
+        check_dtype("weight", weight, *REFERENCE_FLOATS)
         from dsv2.kernels.route.reference import route as run
     else:
-        check_dtype("h", h, torch.float32, torch.float16, torch.bfloat16)
-        check_dtype("weight", weight, torch.float32, torch.float16, torch.bfloat16)
+        check_dtype("h", h, *FLOATS)
+        check_dtype("weight", weight, *FLOATS)
         from dsv2.kernels.route.kernel import route as run
     return run(
         h,

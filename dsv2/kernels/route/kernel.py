@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv2.kernels.backend import HOPPER, capability, unit_stride
+from dsv2.kernels.backend import HOPPER, capability, kernel_op, unit_stride
 from dsv2.kernels.route.reference import ROUTE_BLOCK
 from dsv2.kernels.route.tiles import chunk_of, in_one_launch, part_tiles, tiles, tokens_a_program
 
@@ -257,7 +257,7 @@ def _route_bwd_kernel(
     tl.store(dlogits + o_te, b_dlogits, mask=m_te)
 
 
-@torch.library.custom_op("dsv2::route", mutates_args=())
+@kernel_op("dsv2::route")
 def _forward(
     h: Tensor, weight: Tensor, experts_per_token: int, num_groups: int, groups_per_token: int, normalize: bool,
     scaling: float,
@@ -321,9 +321,9 @@ def _(
     )
 
 
-@torch.library.custom_op("dsv2::route_backward", mutates_args=())
+@kernel_op("dsv2::route_backward")
 def _backward(
-    dscores: Tensor | None, dgates: Tensor | None, experts: Tensor, scores: Tensor, gates: Tensor, normalize: bool,
+    scores: Tensor, experts: Tensor, gates: Tensor, dscores: Tensor | None, dgates: Tensor | None, normalize: bool,
     scaling: float,
 ) -> Tensor:  # fmt: skip
     (T, E), A = scores.shape, experts.shape[1]
@@ -339,7 +339,7 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    dscores: Tensor | None, dgates: Tensor | None, experts: Tensor, scores: Tensor, gates: Tensor, normalize: bool,
+    scores: Tensor, experts: Tensor, gates: Tensor, dscores: Tensor | None, dgates: Tensor | None, normalize: bool,
     scaling: float,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(scores)
@@ -357,7 +357,7 @@ def _gradients(ctx, dscores: Tensor | None, _dexperts: None, dgates: Tensor | No
     h, weight, scores, experts, gates = ctx.saved_tensors
     dh = dweight = None
     if dscores is not None or dgates is not None:
-        dlogits = _backward(dscores, dgates, experts, scores, gates, ctx.normalize, ctx.scaling)
+        dlogits = _backward(scores, experts, gates, dscores, dgates, ctx.normalize, ctx.scaling)
         dh = _gradient_of_h(dlogits, weight, h.dtype) if ctx.needs_input_grad[0] else None
         dweight = _gradient_of_weight(dlogits, h, weight.dtype) if ctx.needs_input_grad[1] else None
     return dh, dweight, None, None, None, None, None

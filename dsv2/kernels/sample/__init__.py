@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv2.kernels.backend import check_dtype, check_same_device, check_shape, use_kernel
+from dsv2.kernels.backend import FLOATS, REFERENCE_FLOATS, check_dtype, check_same_device, check_shape, use_kernel
 
 
 def sample(
@@ -81,9 +81,10 @@ def sample(
         if prompt_mask is None:
             _check_absent("repetition_penalty", repetition_penalty, "output_counts or prompt_mask")
     if not use_kernel(logits):
+        check_dtype("logits", logits, *REFERENCE_FLOATS)
         from dsv2.kernels.sample.reference import sample as run
     else:
-        check_dtype("logits", logits, torch.float32, torch.float16, torch.bfloat16)
+        check_dtype("logits", logits, *FLOATS)
         from dsv2.kernels.sample.kernel import sample as run
     return run(
         logits, temperature, top_k, top_p, min_p, seed, step, output_counts, prompt_mask, presence_penalty,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2.kernels.backend import unit_stride
+from dsv2.kernels.backend import kernel_op, unit_stride
 
 SEGMENT = 2048
 """Tokens of one program of the first launch."""
@@ -339,7 +339,7 @@ def _sample_row_kernel(
     tl.store(log_probs + i_b, tl.where(chosen > float("-inf"), chosen - raw_max - tl.log(raw_sum), chosen))
 
 
-@torch.library.custom_op("dsv2::sample", mutates_args=())
+@kernel_op("dsv2::sample")
 def sample(
     logits: Tensor,
     temperature: Tensor,

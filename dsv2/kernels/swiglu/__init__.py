@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from dsv2.kernels.backend import check_dtype, check_same_device, check_shape, use_kernel
+from dsv2.kernels.backend import FLOATS, REFERENCE_FLOATS, check_dtype, check_same_device, check_shape, use_kernel
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -21,9 +20,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     check_dtype("up", up, gate.dtype)
     check_same_device("up", up, "gate", gate)
     if not use_kernel(gate):
+        check_dtype("gate", gate, *REFERENCE_FLOATS)
         from dsv2.kernels.swiglu.reference import swiglu as run
     else:
-        check_dtype("gate", gate, torch.float32, torch.float16, torch.bfloat16)
+        check_dtype("gate", gate, *FLOATS)
         from dsv2.kernels.swiglu.kernel import swiglu as run
     return run(gate, up)
 
@@ -34,8 +34,9 @@ def swiglu_packed(gate_up: Tensor) -> Tensor:
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up has shape {tuple(gate_up.shape)}, expected an even number of columns")
     if not use_kernel(gate_up):
+        check_dtype("gate_up", gate_up, *REFERENCE_FLOATS)
         from dsv2.kernels.swiglu.reference import swiglu_packed as run
     else:
-        check_dtype("gate_up", gate_up, torch.float32, torch.float16, torch.bfloat16)
+        check_dtype("gate_up", gate_up, *FLOATS)
         from dsv2.kernels.swiglu.kernel import swiglu_packed as run
     return run(gate_up)

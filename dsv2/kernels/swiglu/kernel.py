@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2.kernels.backend import unit_stride
+from dsv2.kernels.backend import kernel_op, unit_stride
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _launch_backward(gate: Tensor, up: Tensor, dy: Tensor, dgate: Tensor, dup: T
         )  # fmt: skip
 
 
-@torch.library.custom_op("dsv2::swiglu", mutates_args=())
+@kernel_op("dsv2::swiglu")
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _launch_forward(unit_stride(gate), unit_stride(up))
 
@@ -66,7 +66,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("dsv2::swiglu_backward", mutates_args=())
+@kernel_op("dsv2::swiglu_backward")
 def _swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     _launch_backward(unit_stride(gate), unit_stride(up), unit_stride(dy), dgate, dup)
@@ -78,7 +78,7 @@ def _(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("dsv2::swiglu_packed", mutates_args=())
+@kernel_op("dsv2::swiglu_packed")
 def _packed(gate_up: Tensor) -> Tensor:
     return _launch_forward(*unit_stride(gate_up).chunk(2, -1))
 
@@ -88,7 +88,7 @@ def _(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
-@torch.library.custom_op("dsv2::swiglu_packed_backward", mutates_args=())
+@kernel_op("dsv2::swiglu_packed_backward")
 def _packed_backward(gate_up: Tensor, dy: Tensor) -> Tensor:
     d_gate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     _launch_backward(*unit_stride(gate_up).chunk(2, -1), unit_stride(dy), *d_gate_up.chunk(2, -1))
