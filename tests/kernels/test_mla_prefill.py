@@ -284,7 +284,6 @@ def test_wide_dtypes_do_not_go_to_the_kernel(hopper) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # in autograd's thread, by the reference
 @pytest.mark.parametrize("lengths", [(256, 256), (1, 300, 0, 64, 65)])
 def test_on_the_gpu_both_implementations_agree_with_the_reference(lengths: tuple[int, ...]) -> None:
     a = packed(*lengths, H=4, K=192, V=128)

@@ -122,8 +122,7 @@ def rms_norm_backward(
     rows_each = max(triton.cdiv(T, MULTIPROCESSORS * min(16 // num_warps, 8)), 1)
     num_groups = triton.cdiv(T, rows_each)
     # Rows in flight ahead of the current one wait in shared memory, where three of the widest must fit twice.
-    # NOTE: without dx_other, pipelined, the sums over a row come out wrong on an H100 (triton 3.6): 10% off in dx.
-    stages = 3 if BD * x.element_size() <= 32768 and dx_other is not None else 1
+    stages = 3 if BD * x.element_size() <= 32768 else 1
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(num_groups, D, dtype=torch.float32, device=x.device)
     dw = torch.empty(D, dtype=weight.dtype, device=x.device)
