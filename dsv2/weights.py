@@ -90,17 +90,31 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
     Args:
         dtype: of the parameters; None keeps the files' own.
 
-    Raises ValueError for a configuration that is not understood, for missing, extra or misshapen tensors, and for
-    a file that is absent, truncated or corrupt. All names and shapes are checked before memory is taken.
+    Raises ValueError for a configuration that is not understood, for missing, extra or misshapen tensors, for a file
+    that is absent, truncated or corrupt, and where a GPU has no memory for the weights. All names and shapes are
+    checked before memory is taken.
     """
     directory = resolve(path)
     cfg = ModelConfig.from_hf(directory)
     with torch.device("meta"):
         model = Transformer(cfg)
     files = _check_tensors(directory, model)
-    model.to(dtype or _stored_dtype(files)).to_empty(device=device)
+    _allocate(model.to(dtype or _stored_dtype(files)), device)
     _fill(model, files)
     return model.eval()
+
+
+def _allocate(model: Transformer, device: str | torch.device) -> None:
+    """Memory for a model of the meta device. ValueError, saying what is needed and what is free, where there is none."""
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    try:
+        model.to_empty(device=device)
+    except torch.OutOfMemoryError as error:
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        raise ValueError(
+            f"the weights take {num_bytes / 1e9:.1f} GB in {model.dtype}, of which {device} has "
+            f"{free_bytes / 1e9:.1f} of {total_bytes / 1e9:.1f} GB free: a narrower dtype or another device may do"
+        ) from error
 
 
 def load_into(model: Transformer, path: str | Path) -> None:

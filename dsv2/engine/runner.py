@@ -82,7 +82,14 @@ class Runner:
     def __init__(self, model: Transformer, num_pages: int, config: EngineConfig) -> None:
         self.model, cfg = model, model.cfg
         shape = (cfg.num_layers, num_pages, PAGE_SIZE, kv_elements_per_token(cfg) // cfg.num_layers)
-        self.cache_LPX = torch.empty(shape, device=model.device, dtype=model.dtype)
+        try:
+            self.cache_LPX = torch.empty(shape, device=model.device, dtype=model.dtype)
+        except torch.OutOfMemoryError as error:
+            free_bytes, _ = torch.cuda.mem_get_info(model.device)
+            raise ValueError(
+                f"num_pages={num_pages} of {page_bytes(model) / 2**20:.1f} MiB are more than {model.device} has free: "
+                f"num_pages={free_bytes // page_bytes(model)} would fit"
+            ) from error
         model.join_projections()
         self._can_absorb = cfg.attention.kind == "mla"
         self._sampler = Sampler(cfg, model.device)

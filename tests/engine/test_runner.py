@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv2.config import EngineConfig
 from dsv2.engine.batch import accept
-from dsv2.engine.runner import Results, Runner
+from dsv2.engine.runner import Results, Runner, page_bytes
 from dsv2.engine.sampling import SamplingParams
 from dsv2.engine.scheduler import Scheduler
 from dsv2.engine.sequence import Request
@@ -205,3 +205,13 @@ def test_a_mask_leaves_only_what_it_allows(model: Transformer) -> None:
 )
 def test_what_follows_a_wrong_draft_is_dropped(draft_ids: list[int], drawn_ids: list[int], num: int) -> None:
     assert accept(draft_ids, drawn_ids) == num
+
+
+def test_a_cache_larger_than_the_gpu_is_refused_with_what_would_fit(model: Transformer, monkeypatch: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10 * page_bytes(model) + 1, 0))
+    with pytest.raises(ValueError, match=r"num_pages=99 of .* num_pages=10 would fit"):
+        Runner(model, 99, EngineConfig(max_model_len=64, max_num_seqs=2))

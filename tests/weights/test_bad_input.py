@@ -274,3 +274,16 @@ def test_convert_writes_nothing_where_its_source_is_broken(whole: Path) -> None:
     with pytest.raises(ValueError, match="1 missing"):
         weights.convert(whole, whole.parent / "target")
     assert [f.name for f in whole.parent.iterdir()] == ["model"]
+
+
+def test_a_gpu_without_memory_for_the_weights_is_told_of_in_bytes(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    weights.save(random_model(mla_config(), seed=1), tmp_path / "model")
+    monkeypatch.setattr(torch.nn.Module, "to_empty", refuse)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**6, 2 * 10**9))
+    with pytest.raises(
+        ValueError, match=r"the weights take 0\.0 GB in torch\.float32, of which cpu has 0\.0 of 2\.0 GB"
+    ):
+        weights.load(tmp_path / "model")
