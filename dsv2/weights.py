@@ -105,7 +105,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
 
 
 def _allocate(model: Transformer, device: str | torch.device) -> None:
-    """Memory for a model of the meta device. ValueError, saying what is needed and what is free, where there is none."""
+    """Memory for a model of the meta device. ValueError, saying what is needed and free, where it does not fit."""
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     try:
         model.to_empty(device=device)
