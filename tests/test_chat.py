@@ -187,10 +187,11 @@ def test_a_system_message_without_a_template_is_refused() -> None:
 
 @pytest.fixture
 def _handler() -> Iterator[None]:
-    """The signal handler is afterwards what it was before."""
-    before = signal.getsignal(signal.SIGINT)
+    """Python's own handler, which a process in the background has not; it is there again afterwards."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
 
 
 def press_ctrl_c_after(num_texts: int, texts: list[str]) -> Callable[[str], None]:
