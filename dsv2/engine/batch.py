@@ -11,11 +11,11 @@ from functools import cached_property
 
 import numpy as np
 
-from dsv2.config.engine import PAGE_SIZE
+from dsv2.config.engine import MAX_DRAFT_TOKENS, PAGE_SIZE
 from dsv2.engine.scheduler import Scheduled, Step
 from dsv2.engine.sequence import Sequence
 
-MAX_ABSORBED_TOKENS = 8
+MAX_ABSORBED_TOKENS = 1 + MAX_DRAFT_TOKENS
 """Tokens up to which a sequence's part of a step counts as decoding."""
 
 

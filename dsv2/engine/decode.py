@@ -19,8 +19,13 @@ from dsv2.device import to_device
 from dsv2.model import Context, Transformer
 
 KNOWN, SOURCE, POSITION, SLOT, LENGTH = range(5)
-"""What a column of `Rows.numbers` says of its row: its token's id, or (where not -1) which id of the step before it is;
-its position; page * 64 + offset where it is written; how many tokens it sees."""
+"""What `numbers` say of every row: its token's id, or (where not -1) which id of the step before it is; its position;
+page * 64 + offset where it is written; how many tokens it sees."""
+
+
+def token_ids(known: Tensor | int, source_T: Tensor, previous_ids: Tensor) -> Tensor:
+    """[T] int64: `previous_ids`[source_T], and `known` where the source is -1."""
+    return torch.where(source_T < 0, known, previous_ids[source_T.clamp(min=0)])
 
 
 class FixedDecoder:
@@ -97,8 +102,7 @@ class _FixedStep:
 
     def _compute(self) -> Tensor:
         model, numbers = self.decoder.model, self.numbers
-        previous_ids, source = self.decoder.previous_ids, numbers[SOURCE]
-        tokens = torch.where(source < 0, numbers[KNOWN], previous_ids[source.clamp(min=0)])
+        tokens = token_ids(numbers[KNOWN], numbers[SOURCE], self.decoder.previous_ids)
         context = Context.decode(
             self.decoder.layers,
             numbers[SLOT],

@@ -17,7 +17,7 @@ from dsv2.config.counts import kv_elements_per_token
 from dsv2.config.engine import PAGE_SIZE, EngineConfig
 from dsv2.device import to_device, to_host
 from dsv2.engine.batch import Batch, accept
-from dsv2.engine.decode import FixedDecoder
+from dsv2.engine.decode import FixedDecoder, token_ids
 from dsv2.engine.draw import Candidates, Sampler, candidates, log_probs_of
 from dsv2.engine.scheduler import Scheduled, Step
 from dsv2.model import Context, Transformer
@@ -109,16 +109,14 @@ class Runner:
         batch = Batch.of(step, can_absorb=self._can_absorb, sources=self._sources)
         ids, sources = batch.tokens()
         hidden_TD = self._hidden(batch, ids, sources)
-        prompt = self._prompt(batch, hidden_TD)
-        ticket = Ticket(step, batch, prompt)
+        prompt, drawn = self._prompt(batch, hidden_TD), None
         self._sources = {}
         if batch.sampling:
             rows = batch.drawing_rows()
             is_all = len(rows) == len(hidden_TD)
             logits_NW = self.model.logits(hidden_TD if is_all else hidden_TD[to_device(rows, self.model.device)])
-            ticket.drawn = self._draw(batch, logits_NW, sources[rows], masks)
-        ticket.record(self.model.device)
-        return ticket
+            drawn = self._draw(batch, logits_NW, sources[rows], masks)
+        return Ticket(step, batch, prompt, drawn, self.model.device)
 
     def _hidden(self, batch: Batch, ids: np.ndarray, sources: np.ndarray) -> Tensor:
         """Normalised hidden states [T, D] of the batch's rows."""
@@ -128,8 +126,7 @@ class Runner:
         device = self.model.device
         tokens_T = to_device(ids, device)
         if (sources >= 0).any():
-            source_T = to_device(sources, device)
-            tokens_T = torch.where(source_T < 0, tokens_T, self._previous_ids[source_T.clamp(min=0)])
+            tokens_T = token_ids(tokens_T, to_device(sources, device), self._previous_ids)
         context = Context.cached(
             self.cache_LPX.unbind(),
             torch.from_numpy(batch.page_table()),
@@ -146,8 +143,7 @@ class Runner:
         group = self._sampler.group(batch.drawing_sequences)
         pending_N = None
         if group.is_penalised and (sources >= 0).any():
-            source_N = to_device(sources, self.model.device)
-            pending_N = torch.where(source_N < 0, -1, self._previous_ids[source_N.clamp(min=0)])
+            pending_N = token_ids(-1, to_device(sources, self.model.device), self._previous_ids)
         ids_N, log_probs_N = self._sampler.draw(logits_NW, group, batch.output_numbers(), pending_N, masks)
         self._previous_ids[: len(ids_N)] = ids_N
         self._sources = group.rows
@@ -206,15 +202,19 @@ def _on_host(ids_N: Tensor, log_probs_N: Tensor, of_candidates: Candidates | Non
 
 
 class Ticket:
-    """A step that was started."""
+    """A step that was started: all its work is in the device's queue."""
 
-    def __init__(self, step: Step, batch: Batch, prompt: abc.Mapping[int, list[_OnHost]]) -> None:
+    def __init__(
+        self,
+        step: Step,
+        batch: Batch,
+        prompt: abc.Mapping[int, list[_OnHost]],
+        drawn: _OnHost | None,
+        device: torch.device,
+    ) -> None:
         self.step = step
-        self._batch, self._prompt = batch, prompt
-        self.drawn: _OnHost | None = None
+        self._batch, self._prompt, self._drawn = batch, prompt, drawn
         self._event: torch.cuda.Event | None = None
-
-    def record(self, device: torch.device) -> None:
         if device.type == "cuda":
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(device))
@@ -230,10 +230,10 @@ class Ticket:
         )
 
     def _drawn_by_arrival(self) -> dict[int, list[Drawn]]:
-        if self.drawn is None:
+        if self._drawn is None:
             return {}
         sequences = self._batch.drawing_sequences
-        drawn = self.drawn.drawn([s.params.logprobs for s in sequences])
+        drawn = self._drawn.drawn([s.params.logprobs for s in sequences])
         if len(drawn) == len(self._batch.sampling):
             return {s.arrival: [each] for s, each in zip(sequences, drawn, strict=True)}
         rest, results = iter(drawn), {}

@@ -68,8 +68,8 @@ class Context:
 
     Over a cache they count the rows after `paged.num_absorbed`; without one, `absorb` selects MLA's absorbed form
     (section 2.1.2). `positions_T` int64. Every MoE layer appends to `routings` where a list is given; balance losses
-    and load statistics read it. `side_stream` is where shared experts run beside the router: for steps inside a CUDA
-    graph, whose memory nothing else takes.
+    and load statistics read it. `side_stream` is where shared experts run beside the router and the routed experts:
+    for steps inside a CUDA graph, whose memory nothing else takes.
     """
 
     positions_T: Tensor
