@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import dsv2
+from dsv2.bench.engine import random_model
 from dsv2.model import Cache, Context, Transformer
 
 
@@ -85,11 +86,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--commit", default="unknown")
     options = parser.parse_args()
-    cfg = dsv2.ModelConfig.preset("v2-lite").replace(initializer_std=0.02)
-    with torch.device("meta"):
-        model = Transformer(cfg)
-    model = model.to(torch.bfloat16).to_empty(device="cuda").eval()
-    model.init_weights(torch.Generator("cuda").manual_seed(0))
+    model = random_model(dsv2.ModelConfig.preset("v2-lite"), torch.device("cuda"), torch.bfloat16)
     result = {
         "what": "V2-Lite, random bf16 weights, plain path without kernels of our own",
         "card": torch.cuda.get_device_name(),

@@ -140,10 +140,10 @@ def _batch(
 ) -> tuple[float, float, float]:
     """Seconds until all sequences had a token, tokens a second while all decoded, seconds altogether."""
     params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
-    vocab_size = engine.model.cfg.vocab_size
+    prompts = [_prompt(engine, rng, input_len) for _ in range(batch_size)]
     began = time.perf_counter()
-    for _ in range(batch_size):
-        engine.add([rng.randrange(vocab_size) for _ in range(input_len)], params)
+    for prompt in prompts:
+        engine.add(prompt, params)
     started, marks, num_tokens, any_finished = set(), [], 0, False
     while engine.has_unfinished:
         deltas = engine.step()
@@ -157,19 +157,24 @@ def _batch(
     return first_s, (last - first) / (last_s - first_s) if last > first else batch_size / first_s, total_s
 
 
+def _prompt(engine: Engine, rng: random.Random, num_tokens: int) -> list[int]:
+    return [rng.randrange(engine.model.cfg.vocab_size) for _ in range(num_tokens)]
+
+
 def throughput(
     engine: Engine, num_prompts: int, input_len: int, output_len: int, *, range_ratio: float = 0.0
 ) -> dict[str, Any]:
     """`num_prompts` random requests, all there from the start; lengths vary by `range_ratio` about the given ones."""
     rng = random.Random(num_prompts)
-    vocab_size = engine.model.cfg.vocab_size
-    num_input = num_output = 0
-    began = time.perf_counter()
+    requests, num_output = [], 0
     for _ in range(num_prompts):
         lengths = [max(1, round(n * rng.uniform(1 - range_ratio, 1 + range_ratio))) for n in (input_len, output_len)]
         params = SamplingParams(temperature=0, max_tokens=lengths[1], ignore_eos=True)
-        engine.add([rng.randrange(vocab_size) for _ in range(lengths[0])], params)
-        num_input += lengths[0]
+        requests.append((_prompt(engine, rng, lengths[0]), params))
+    num_input = sum(len(prompt) for prompt, _ in requests)
+    began = time.perf_counter()
+    for request in requests:
+        engine.add(*request)
     while engine.has_unfinished:
         num_output += sum(len(delta.token_ids) for delta in engine.step())
     elapsed_s = time.perf_counter() - began
