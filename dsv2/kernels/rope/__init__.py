@@ -23,35 +23,37 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     Returns a contiguous tensor of x's shape. Differentiable in x alone; the backward applies the transpose, so a factor
     stays. Raises ValueError where the arguments do not match.
     """
-    check_shape("x", x, None, None, None)
-    check_tables(cos, sin, layout, "x", x, num_channels=x.shape[-1])
-    if not use_kernel(x):
-        check_dtype("x", x, *REFERENCE_FLOATS)
-        from dsv2.kernels.rope.reference import rope as run
-    else:
-        check_dtype("x", x, *FLOATS)
-        check_dtype("cos", cos, torch.float32)
-        check_dtype("sin", sin, torch.float32)
+    if _goes_to_kernel(x, cos, sin, layout):
         from dsv2.kernels.rope.kernel import rope as run
+    else:
+        from dsv2.kernels.rope.reference import rope as run
     return run(x, cos, sin, layout)
 
 
 @torch.no_grad()
 def rope_(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> None:
     """`rope`, written over x, whose channels must lie side by side. Not differentiable."""
-    check_shape("x", x, None, None, None)
-    check_tables(cos, sin, layout, "x", x, num_channels=x.shape[-1])
+    is_for_kernel = _goes_to_kernel(x, cos, sin, layout)
     if x.stride(-1) != 1:
         raise ValueError(f"x has strides {x.stride()}, expected channels side by side")
+    if is_for_kernel:
+        from dsv2.kernels.rope.kernel import rope_ as run
+    else:
+        from dsv2.kernels.rope.reference import rope_ as run
+    run(x, cos, sin, layout)
+
+
+def _goes_to_kernel(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> bool:
+    """Whether the kernel runs. ValueError where it, or else the reference, cannot take these."""
+    check_shape("x", x, None, None, None)
+    check_tables(cos, sin, layout, "x", x, num_channels=x.shape[-1])
     if not use_kernel(x):
         check_dtype("x", x, *REFERENCE_FLOATS)
-        from dsv2.kernels.rope.reference import rope_ as run
-    else:
-        check_dtype("x", x, *FLOATS)
-        check_dtype("cos", cos, torch.float32)
-        check_dtype("sin", sin, torch.float32)
-        from dsv2.kernels.rope.kernel import rope_ as run
-    run(x, cos, sin, layout)
+        return False
+    check_dtype("x", x, *FLOATS)
+    check_dtype("cos", cos, torch.float32)
+    check_dtype("sin", sin, torch.float32)
+    return True
 
 
 def check_tables(cos: Tensor, sin: Tensor, layout: str, name: str, x: Tensor, num_channels: int) -> None:
