@@ -58,6 +58,15 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def early_launch(x: Tensor) -> dict[str, bool]:
+    """Options of a launch that may begin while the one before it ends, which saves the gap between the two.
+
+    Its kernel takes PDL, and where that is true waits (`gdc_wait`) before it touches what other launches write or read.
+    """
+    can = x.device.type == "cuda" and capability(x.device) == HOPPER
+    return {"PDL": True, "launch_pdl": True} if can else {"PDL": False}
+
+
 def kernel_op(name: str, *, mutates_args: str | Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
     """`torch.library.custom_op` of a function that launches kernels, on the device of its first argument, a tensor."""
     return lambda body: torch.library.custom_op(name, on_its_device(body), mutates_args=mutates_args)

@@ -84,9 +84,14 @@ def test_no_part_does_much_more_than_its_share(lengths, num_parts) -> None:
         assert end < begin or work <= 1.05 * share
 
 
-@pytest.mark.parametrize(("batch", "length"), [(128, 4096), (128, 8192), (256, 4096)])
+@pytest.mark.parametrize(("batch", "length"), [(128, 4096), (128, 8192), (256, 4096), (256, 1100), (512, 576)])
 def test_equal_sequences_that_nearly_fill_the_parts_are_not_cut(batch, length) -> None:
     assert not plan_decode(torch.full((batch,), length, dtype=torch.int32), 132).splits.any()
+
+
+def test_sequences_of_similar_lengths_are_not_cut() -> None:
+    lengths = torch.randint(513, 641, (512,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    assert not plan_decode(lengths, 132).splits.any()
 
 
 # What is computed -------------------------------------------------------------------------------------------------

@@ -6,16 +6,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv2.kernels.backend import kernel_op
+from dsv2.kernels.backend import early_launch, kernel_op
 from dsv2.kernels.rms_norm.kernel import blocks, inverse_rms, rms_norm_backward, rows_of
 
 
 @triton.jit(do_not_specialize=["T"])
 def _add_rms_norm_fwd_kernel(
     x, residual, w, y, total, rms, stride_x, stride_residual, T, eps,
-    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[:, None]
     o_d = tl.arange(0, BD)[None, :]
     m_t, m_d = o_t < T, o_d < D
@@ -42,7 +46,7 @@ def _forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[T
         b = blocks(D)
         _add_rms_norm_fwd_kernel[(triton.cdiv(T, b["BT"]),)](
             rows, residual_rows, weight.contiguous(), y, total, rms, rows.stride(0), residual_rows.stride(0), T, eps,
-            D=D, **b,
+            D=D, **b, **early_launch(x),
         )  # fmt: skip
     return y, total, rms
 

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dsv2.kernels.backend import check_aligned, joined, kernel_op, unit_stride
+from dsv2.kernels.backend import check_aligned, early_launch, joined, kernel_op, unit_stride
 from dsv2.kernels.permute.kernel import combine_rows, gather_rows, sort_rows
 from dsv2.kernels.swiglu.kernel import swiglu, swiglu_packed
 
@@ -63,9 +64,12 @@ def _tile(ends, i_tile, E, BE: tl.constexpr, BM: tl.constexpr):
 def _grouped_linear_kernel(
     x, w_desc, up_desc, order, experts, ends, y, stride_x, num_rows, K, N, rows_an_expert, E, A,
     GATED: tl.constexpr, SORTED: tl.constexpr, GATHER: tl.constexpr, SWAP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[m] = W_e x[source of m], or SiLU(W_e x) * U_e x where GATED; matrices [N, K], `rows_an_expert` rows apart."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     i_n = tl.program_id(0)
     i_tile = tl.program_id(1)
     if SORTED:
@@ -115,8 +119,11 @@ def _grouped_linear_kernel(
 
 
 @triton.jit
-def _tiles_kernel(ends, tiles, E, BE: tl.constexpr, BM: tl.constexpr):
+def _tiles_kernel(ends, tiles, E, BE: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr):
     """Row 0: how many tiles of BM rows there are; row 1 + i: expert, first row and end of its rows of tile i."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     i_e = tl.program_id(0)
     o_e = tl.arange(0, BE)
     b_end = tl.load(ends + o_e, mask=o_e < E, other=0)
@@ -137,13 +144,16 @@ def _tiles_kernel(ends, tiles, E, BE: tl.constexpr, BM: tl.constexpr):
 @triton.jit
 def _grouped_persistent_kernel(
     x, w_desc, order, tiles, y, stride_x, K, N, A, NUM_PROGRAMS, GATED: tl.constexpr, GATHER: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same over sorted rows, tile after tile; w_desc: [E * (2), N, K], gate before up where GATED.
 
     The loops over tiles and depth are one, so that the next tile is on its way while this one is written. Gate and up
     are one product: with two accumulators the compiler would wait for every matrix instruction.
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     PARTS: tl.constexpr = 2 if GATED else 1
     num_n = tl.cdiv(N, BN)
     total = tl.load(tiles) * num_n
@@ -200,6 +210,7 @@ def _linear(
         x, _descriptor(weight, BN, BK), _descriptor(weight if up is None else up, BN, BK), order, experts, ends, y,
         x.stride(0), num_rows, K, N, rows_an_expert, E, A, GATED=up is not None, SORTED=ends is not None, GATHER=gather,
         SWAP=swap, BM=BM, BN=BN, BK=BK, BE=triton.next_power_of_2(E), STAGES=stages, num_warps=warps,
+        **early_launch(x),
     )  # fmt: skip
     return y
 
@@ -215,12 +226,12 @@ def _persistent_linear(
     y = torch.empty(num_rows, N, dtype=x.dtype, device=x.device)
     max_tiles = _max_tiles(num_rows, E, BM)
     tiles = torch.empty(max_tiles + 1, 4, dtype=torch.int32, device=x.device)
-    _tiles_kernel[(E,)](ends, tiles, E, BE=triton.next_power_of_2(E), BM=BM, num_warps=1)
+    _tiles_kernel[(E,)](ends, tiles, E, BE=triton.next_power_of_2(E), BM=BM, num_warps=1, **early_launch(x))
     num_programs = min(_num_sms(x.device), max_tiles * triton.cdiv(N, BN))
     w_desc = TensorDescriptor(weight, [E * parts, N, K], [N * K, K, 1], [parts, BN, BK])
     _grouped_persistent_kernel[(num_programs,)](
         x, w_desc, order, tiles, y, x.stride(0), K, N, A, num_programs, GATED=gated, GATHER=order is not None,
-        BM=BM, BN=BN, BK=BK, STAGES=stages, num_warps=8,
+        BM=BM, BN=BN, BK=BK, STAGES=stages, num_warps=8, **early_launch(x),
     )  # fmt: skip
     return y
 

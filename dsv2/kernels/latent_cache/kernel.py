@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv2.kernels.backend import kernel_op
+from dsv2.kernels.backend import early_launch, kernel_op
 from dsv2.kernels.rms_norm.kernel import blocks, inverse_rms, rows_of
 from dsv2.kernels.rope.kernel import rotate_rows
 
@@ -15,8 +16,11 @@ from dsv2.kernels.rope.kernel import rotate_rows
 def _write_latent_kernel(
     kv, w, cos, sin, cache, slots, q, stride_kv, stride_qt, stride_qh, T, num_slots, num_latent_programs, eps,
     C: tl.constexpr, R: tl.constexpr, H: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
-    BN: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BN: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     i_p = tl.program_id(0)
     if i_p >= num_latent_programs:
         # Queries: rows and heads flattened. [BN, 1]
@@ -67,7 +71,7 @@ def _write_latent(
         rows if q_rope is None else q_rope,
         rows.stride(0), stride_qt, stride_qh, T, cache.shape[0] * cache.shape[1], num_latent, eps,
         C=C, R=R, H=max(H, 1), BT=b["BT"], BC=b["BD"], BR=BR, BN=BN, INTERLEAVED=layout == "interleaved",
-        num_warps=b["num_warps"],
+        num_warps=b["num_warps"], **early_launch(kv),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv2.kernels.backend import HOPPER, capability, check_aligned, kernel_op, unit_stride
+from dsv2.kernels.backend import HOPPER, capability, check_aligned, early_launch, kernel_op, unit_stride
 from dsv2.kernels.mla_decode import OVERHEAD_PAGES, PAGE, DecodePlan
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -29,8 +29,9 @@ def _plan_kernel(lengths, parts, splits, cut, B, P, PAGE: tl.constexpr, OVERHEAD
         longest = tl.maximum(longest, tl.max(b_pages))
     payload = (total + P - 1) // P + OVERHEAD
     longest += OVERHEAD
-    whole = (payload + longest - 1) // longest * longest
-    payload = tl.where(20 * whole <= 21 * payload, whole, payload)
+    whole = (B + P - 1) // P * longest
+    may_cut = 20 * whole > 21 * payload
+    payload = tl.where(may_cut, payload, whole)
     seq = 0
     page = 0
     slot = 0
@@ -57,7 +58,7 @@ def _plan_kernel(lengths, parts, splits, cut, B, P, PAGE: tl.constexpr, OVERHEAD
                 tl.store(splits + seq, slot)
                 pages = (tl.load(lengths + seq, mask=seq < B, other=0) + PAGE - 1) // PAGE
             else:
-                if room > OVERHEAD:
+                if may_cut & (room > OVERHEAD):
                     end_seq = seq
                     page += room - OVERHEAD
                     end_page = page
@@ -155,7 +156,6 @@ def _combine_kernel(
     first = tl.load(splits + seq, mask=seq >= 0, other=0).to(tl.int64)
     num = tl.load(splits + seq + 1, mask=seq >= 0, other=0) - first
     if PDL:
-        # Launched while the walk still runs, to save the gap between two launches.
         gdc_wait()
         gdc_launch_dependents()
     if seq >= 0:
@@ -255,10 +255,9 @@ def _decode(
     num_cut = min(B, P)
     rows, BS, BC = (4, 8, 512) if num_cut * num_rows > 1024 else (1, 8, 512) if num_cut > 8 else (1, 128, 64)
     grid = (num_cut, triton.cdiv(num_rows, rows), triton.cdiv(C, BC))
-    pdl = {"PDL": True, "launch_pdl": True} if _is_for_hopper(q_latent, R) else {"PDL": False}
     _combine_kernel[grid](
         part_out, part_lse, splits, cut, out, lse, num_rows, 2 * P, C,
-        ROWS=rows, BS=BS, BC=BC, num_warps=4, **pdl,
+        ROWS=rows, BS=BS, BC=BC, num_warps=4, **early_launch(q_latent),
     )  # fmt: skip
     return out, lse
 

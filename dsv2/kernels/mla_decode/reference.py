@@ -44,13 +44,15 @@ def mla_decode(
 def plan_decode(lengths: Tensor, num_parts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Fill part after part, each up to the same cost in pages; beginning a sequence costs OVERHEAD_PAGES more.
 
-    Where parts of whole sequences are at most a twentieth larger, nothing is cut (if all are equally long).
+    Where as many of the longest as a part gets on average cost at most a twentieth more, nothing is cut: a part then
+    ends before the sequence that does not fit, and has at least that average, so that none is left over.
     """
     pages = [-(-n // PAGE) for n in lengths.tolist()]
     payload = -(-sum(p + OVERHEAD_PAGES for p in pages) // num_parts) + OVERHEAD_PAGES
     longest = max(pages, default=0) + OVERHEAD_PAGES
-    whole = -(-payload // longest) * longest
-    payload = whole if 20 * whole <= 21 * payload else payload
+    whole = -(-len(pages) // num_parts) * longest
+    may_cut = 20 * whole > 21 * payload
+    payload = payload if may_cut else whole
     parts, splits, cut = [], [0], []
     seq = page = slot = 0
     for _ in range(num_parts):
@@ -65,7 +67,7 @@ def plan_decode(lengths: Tensor, num_parts: int) -> tuple[Tensor, Tensor, Tensor
                 seq, page, room = seq + 1, 0, room - left - OVERHEAD_PAGES
                 splits.append(slot)
                 continue
-            if room > OVERHEAD_PAGES:
+            if may_cut and room > OVERHEAD_PAGES:
                 page, slot = page + room - OVERHEAD_PAGES, slot + 1
                 part[2:4] = seq, page
             room = 0

@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv2.kernels.backend import kernel_op, unit_stride
+from dsv2.kernels.backend import early_launch, kernel_op, unit_stride
 from dsv2.kernels.route import ROUTE_BLOCK
 
 MIN_PROGRAMS = 264
@@ -35,9 +36,12 @@ def _count_rows_kernel(experts, counts, T, E, A: tl.constexpr, BT: tl.constexpr,
 @triton.jit(do_not_specialize=["M", "num_blocks"])
 def _sort_rows_kernel(
     experts, counts, order, inverse, ends, M, num_blocks, E, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program places the rows of BLOCKS blocks, ROWS rows each. M is below 2^31, so no offset needs 64 bits."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     i_p = tl.program_id(0)
     o_r = tl.arange(0, BR)
     o_c = tl.arange(0, BC)
@@ -93,8 +97,13 @@ def _spread_rows_kernel(x, inverse, y, stride_x, D, A: tl.constexpr, BD: tl.cons
 
 
 @triton.jit
-def _sum_rows_kernel(rows, inverse, gates, addend, y, stride_rows, stride_addend, D, A: tl.constexpr, BD: tl.constexpr):
+def _sum_rows_kernel(
+    rows, inverse, gates, addend, y, stride_rows, stride_addend, D, A: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr
+):
     """Without `inverse` the rows lie in the order of tokens."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     i_t = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D
@@ -158,7 +167,7 @@ def _sort(experts: Tensor, num_experts: int, block_counts: Tensor | None) -> tup
     ROWS = ROUTE_BLOCK * A
     _sort_rows_kernel[(max(triton.cdiv(num_blocks, BLOCKS), 1),)](
         experts, counts, order, inverse, ends, T * A, num_blocks, E, ROWS=ROWS, BLOCKS=BLOCKS,
-        BR=triton.next_power_of_2(ROWS), BC=16, BB=BB, BE=BE, STAGES=STAGES, num_warps=8,
+        BR=triton.next_power_of_2(ROWS), BC=16, BB=BB, BE=BE, STAGES=STAGES, num_warps=8, **early_launch(experts),
     )  # fmt: skip
     return order, inverse, ends
 
@@ -192,8 +201,9 @@ def _sum(rows: Tensor, inverse: Tensor | None, gates: Tensor | None, addend: Ten
     if T:
         piece = _piece(T, D)
         _sum_rows_kernel[(T, triton.cdiv(D, piece["BD"]))](
-            rows, inverse, gates, addend, y, rows.stride(0), 0 if addend is None else addend.stride(0), D, A=A, **piece
-        )
+            rows, inverse, gates, addend, y, rows.stride(0), 0 if addend is None else addend.stride(0), D, A=A, **piece,
+            **early_launch(rows),
+        )  # fmt: skip
     return y
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv2.kernels.backend import HOPPER, capability, kernel_op, unit_stride
+from dsv2.kernels.backend import early_launch, kernel_op, unit_stride
 from dsv2.kernels.route.reference import ROUTE_BLOCK
 from dsv2.kernels.route.tiles import chunk_of, in_one_launch, part_tiles, tiles, tokens_a_program
 
@@ -186,7 +186,6 @@ def _choose_kernel(
 ):  # fmt: skip
     """BT tokens from the parts of their logits to gates, and to counts where BT tokens are what is counted together."""
     if PDL:
-        # Launched while the one before still runs, to save the gap between two launches.
         gdc_wait()
         gdc_launch_dependents()
     i_b = tl.program_id(0)
@@ -288,8 +287,7 @@ def _route_in_parts(h, weight, scores, experts, gates, counts, scaling, options,
     (T, D), E, A = h.shape, len(weight), experts.shape[1]
     num_chunks = triton.cdiv(D, product["CHUNK"])
     parts = torch.empty(num_chunks, T, E, dtype=torch.float32, device=h.device)
-    is_hopper = h.device.type == "cuda" and capability(h.device) == HOPPER
-    pdl = {"PDL": True, "launch_pdl": True} if is_hopper else {"PDL": False}
+    pdl = early_launch(h)
     tile = part_tiles(T, D, E, product["IEEE"])
     _parts_kernel[(triton.cdiv(T, tile["BT"]), num_chunks, triton.cdiv(E, tile["BE"]))](
         h, weight, parts, h.stride(0), weight.stride(0), T, D, E=E, **product, **tile, **pdl

@@ -6,12 +6,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv2.kernels.backend import kernel_op, unit_stride
+from dsv2.kernels.backend import early_launch, kernel_op, unit_stride
 
 
 @triton.jit
-def _swiglu_fwd_kernel(gate, up, y, stride_gate, stride_up, F, BF: tl.constexpr):
+def _swiglu_fwd_kernel(gate, up, y, stride_gate, stride_up, F, BF: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     i_t = tl.program_id(0).to(tl.int64)
     o_f = tl.program_id(1) * BF + tl.arange(0, BF)
     m_f = o_f < F
@@ -41,7 +45,7 @@ def _launch_forward(gate: Tensor, up: Tensor) -> Tensor:
     if y.numel():
         BF = min(triton.next_power_of_2(F), 2048)
         _swiglu_fwd_kernel[(T, triton.cdiv(F, BF))](
-            gate, up, y, gate.stride(0), up.stride(0), F, BF=BF, num_warps=max(BF // 512, 1)
+            gate, up, y, gate.stride(0), up.stride(0), F, BF=BF, num_warps=max(BF // 512, 1), **early_launch(gate)
         )
     return y
 
