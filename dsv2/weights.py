@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,12 @@ def name_table(cfg: ModelConfig, model: Transformer) -> dict[str, Slot]:
     return table
 
 
+def tensors_of(model: Transformer) -> dict[str, Tensor]:
+    """Checkpoint name -> the part of a parameter that it is, to read and to write in place, without gradients."""
+    parameters = dict(model.named_parameters())
+    return {name: slot.of(parameters[slot.parameter]).detach() for name, slot in name_table(model.cfg, model).items()}
+
+
 def _expert_name(cfg: ModelConfig, parameter: str, expert: int, part: str) -> str:
     layer = parameter.split(".mlp.")[0]
     if cfg.model_type == "mixtral":
@@ -125,14 +131,12 @@ def load_into(model: Transformer, path: str | Path) -> None:
 
 @torch.no_grad()
 def _fill(model: Transformer, files: list[Path]) -> None:
-    table = name_table(model.cfg, model)
-    parameters = dict(model.named_parameters())
+    tensors = tensors_of(model)
     for file in files:
-        with _open(file) as f:
+        with open_tensors(file) as f:
             for name in f.keys():  # noqa: SIM118 (not a mapping)
-                if name in table:
-                    slot = table[name]
-                    slot.of(parameters[slot.parameter]).copy_(f.get_tensor(name))
+                if name in tensors:
+                    tensors[name].copy_(f.get_tensor(name))
 
 
 def save(
@@ -165,18 +169,16 @@ def write_model(
     dtype = dtype or model.dtype
     if dtype not in _STORED.values():
         raise ValueError(f"cannot save {dtype}: expected one of {', '.join(map(str, _STORED.values()))}")
-    table = name_table(model.cfg, model)
-    parameters = dict(model.named_parameters())
-    shards = _plan_shards(table, dtype.itemsize, max_shard_bytes)
+    parts = tensors_of(model)
+    shards = _plan_shards(name_table(model.cfg, model), dtype.itemsize, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {n: table[n].of(parameters[table[n].parameter]).detach() for n in names}
-        tensors = {n: t.to("cpu", dtype).contiguous() for n, t in tensors.items()}
+        tensors = {n: parts[n].to("cpu", dtype).contiguous() for n in names}
         write_tensors(tensors, directory / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
+        total = sum(part.numel() for part in parts.values()) * dtype.itemsize
         write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = model.cfg.to_hf() | {"torch_dtype": str(dtype).removeprefix("torch.")}
     write_json(directory / "config.json", config)
@@ -198,10 +200,16 @@ def convert(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    change: Callable[[Transformer], None] | None = None,
 ) -> None:
-    """Rewrite a checkpoint in another dtype or sharding; the tokenizer's files are copied as they are."""
+    """Rewrite a checkpoint in another dtype or sharding; the tokenizer's files are copied as they are.
+
+    `change` may alter the weights, in place and in the new dtype already, before they are written.
+    """
     directory = resolve(source)
     model = load(directory, dtype=dtype)
+    if change is not None:
+        change(model)
     with replacing_directory(target, marker=_CHECKPOINT) as tmp:
         write_model(model, tmp, max_shard_bytes=max_shard_bytes)
         for file in directory.iterdir():
@@ -246,7 +254,8 @@ def _checkpoint_files(directory: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _open(file: Path) -> Iterator[Any]:
+def open_tensors(file: Path) -> Iterator[Any]:
+    """A safetensors file, open for reading on the CPU. ValueError where it is none, or not whole."""
     try:
         handle = safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
@@ -261,24 +270,33 @@ def _check_tensors(directory: Path, model: Transformer) -> list[Path]:
     table = name_table(model.cfg, model)
     found: dict[str, Path] = {}
     for file in files:
-        with _open(file) as f:
+        with open_tensors(file) as f:
             for name in f.keys():  # noqa: SIM118 (not a mapping)
                 if name in found:
                     raise ValueError(f"tensor {name} is in both {found[name].name} and {file.name}")
                 found[name] = file
-                shape = tuple(f.get_slice(name).get_shape())
-                stored = f.get_slice(name).get_dtype()
-                if name in table and stored not in _STORED:
-                    expected = ", ".join(_STORED)
-                    raise ValueError(f"tensor {name} is stored as {stored}, expected one of {expected} ({file})")
-                if name in table and shape != table[name].shape:
-                    raise ValueError(f"tensor {name} has shape {shape}, expected {table[name].shape} ({file})")
+                if name in table:
+                    check_tensor(f.get_slice(name), name, table[name].shape, file)
     missing = [n for n in table if n not in found]
     extra = [n for n in found if n not in table and not _is_redundant(n, model.cfg)]
+    check_names(directory, missing, extra)
+    return files
+
+
+def check_tensor(stored: Any, name: str, shape: tuple[int, ...], file: Path) -> None:
+    """ValueError unless a slice of an open safetensors file is of this shape, and of a dtype that weights have."""
+    found, dtype = tuple(stored.get_shape()), stored.get_dtype()
+    if dtype not in _STORED:
+        raise ValueError(f"tensor {name} is stored as {dtype}, expected one of {', '.join(_STORED)} ({file})")
+    if found != shape:
+        raise ValueError(f"tensor {name} has shape {found}, expected {shape} ({file})")
+
+
+def check_names(directory: Path, missing: list[str], extra: list[str]) -> None:
+    """ValueError, with some of the names, unless there are none."""
     if missing or extra:
         parts = [f"{len(v)} {k} ({_some(v)})" for k, v in (("missing", missing), ("unexpected", extra)) if v]
         raise ValueError(f"{directory}: tensors do not match the configuration: {', '.join(parts)}")
-    return files
 
 
 def _is_redundant(name: str, cfg: ModelConfig) -> bool:
@@ -292,7 +310,7 @@ def _some(names: list[str]) -> str:
 def _stored_dtype(files: list[Path]) -> torch.dtype:
     """The embedding's: the layers of a checkpoint share one."""
     for file in files:
-        with _open(file) as f:
+        with open_tensors(file) as f:
             if EMBEDDING in f.keys():  # noqa: SIM118 (not a mapping)
                 return _STORED[f.get_slice(EMBEDDING).get_dtype()]
     raise ValueError(f"no tensor {EMBEDDING} in {', '.join(file.name for file in files)}")

@@ -6,7 +6,6 @@ implements; anything else is an error, so a misspelt or unsupported setting neve
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from dsv2.config.model import (
     RopeConfig,
     YarnConfig,
 )
-from dsv2.config.schema import unknown_key_error
+from dsv2.config.schema import read_object, require, unknown_key_error
 
 ROPE_TYPES = ("default", "yarn")
 
@@ -146,7 +145,7 @@ def from_hf(source: Mapping[str, Any] | str | Path) -> ModelConfig:
     Raises ValueError for a missing file, invalid JSON, an unknown `model_type`, router or rope type, an unknown
     or missing key, and a setting that this package does not implement.
     """
-    data = source if isinstance(source, Mapping) else _read_json(Path(source))
+    data = source if isinstance(source, Mapping) else _read(Path(source))
     model_type = data.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ValueError(f"model_type={model_type!r} must be one of {', '.join(MODEL_TYPES)}")
@@ -197,17 +196,10 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     return out
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"no config.json at {file}")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(data).__name__}")
-    return data
+    require(file.is_file(), f"no config.json at {file}")
+    return read_object(file)
 
 
 def _check_keys(model_type: str, data: Mapping[str, Any]) -> None:
