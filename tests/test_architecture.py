@@ -22,6 +22,7 @@ LADDER = (
     ("parallel",),
     ("model",),
     ("data", "weights"),
+    ("adapters",),
     ("train", "engine"),
     ("align", "evals", "serve"),
 )
