@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 
+from dsv2.adapters import load_adapter, restore
 from dsv2.config.engine import EngineConfig
 from dsv2.config.schema import require
 from dsv2.device import pick_device
@@ -43,9 +45,10 @@ class LLM:
             `gpu_memory_utilization` leaves on a GPU.
         num_draft_tokens: tokens a step that are guessed from what a sequence repeats, and kept where the model draws
             the same; 0: none. Outputs are the same, and come sooner where few sequences run and much is repeated.
+        adapter: LoRA weights to begin with, see `set_adapter`.
 
     The other arguments are `EngineConfig`'s. Raises ValueError for limits outside their ranges, for a device or dtype
-    that the given model does not have, and for what `load` and `Tokenizer.load` refuse.
+    that the given model does not have, and for what `load`, `Tokenizer.load` and `set_adapter` refuse.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class LLM:
         gpu_memory_utilization: float = 0.9,
         enable_prefix_caching: bool = True,
         num_draft_tokens: int = 0,
+        adapter: str | Path | None = None,
     ) -> None:
         model, tokenizer = _load(model, tokenizer, device, dtype)
         config = EngineConfig(
@@ -74,6 +78,9 @@ class LLM:
             num_draft_tokens=num_draft_tokens,
         )
         self.engine = Engine(model, tokenizer, config)
+        self._originals: dict[str, Tensor] = {}  # of the weights that an adapter has changed
+        if adapter is not None:
+            self.set_adapter(adapter)
 
     def generate(
         self,
@@ -138,6 +145,31 @@ class LLM:
     def refresh(self) -> None:
         """To be called when the model's parameters have changed: what is cached belongs to the old ones."""
         self.engine.refresh()
+
+    def set_adapter(self, adapter: str | Path | None) -> None:
+        """Serve the model with these LoRA weights, in place of those set before; None: as it was, bit for bit.
+
+        They are merged into the model's own parameters, which a trainer must leave alone until they are taken out. The
+        values that were there are kept on the CPU. `adapter` is a directory or hub id, in PEFT's layout.
+
+        Raises ValueError, with nothing changed, while requests are unfinished and as `load_adapter` does.
+        """
+        require(not self.engine.scheduler.has_unfinished, "the engine has requests: let them finish before an adapter")
+        model = self.engine.model
+        loaded = None if adapter is None else load_adapter(adapter, model)
+        self.engine.refresh()
+        self._take_adapter_out()
+        if loaded is not None:
+            self._originals = loaded.originals(model)
+            try:
+                loaded.merge(model)
+            except BaseException:
+                self._take_adapter_out()
+                raise
+
+    def _take_adapter_out(self) -> None:
+        restore(self.engine.model, self._originals)
+        self._originals = {}
 
     def _answers(
         self, requests: abc.Sequence[Request], show: abc.Callable[[abc.Sequence[Delta]], None]
