@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,7 @@ console = Console(soft_wrap=True)
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint directory or hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the file's.")]
+Adapter = Annotated[str | None, typer.Option(help="LoRA weights in PEFT's layout: a directory or hub id.")]
 
 _SERVE = ServeConfig()
 
@@ -185,8 +187,10 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
     device: Device = "auto",
     dtype: Dtype = None,
+    adapter: Adapter = None,
 ) -> None:
     """Continue a prompt with a model, token by token."""
+    from dsv2.adapters import merge_adapter
     from dsv2.device import pick_device
     from dsv2.engine.generate import Sampling
     from dsv2.engine.generate import generate as run
@@ -203,6 +207,8 @@ def generate(
     else:
         ids = tokenizer.encode(prompt, add_bos=True)
     model = load(directory, device=pick_device(device), dtype=parse_dtype(dtype))
+    if adapter is not None:
+        merge_adapter(adapter, model)
     if not chat:
         typer.echo(prompt, nl=False)
     decoder = StreamDecoder(tokenizer)
@@ -226,6 +232,7 @@ def chat(
     template: Annotated[str | None, typer.Option(help="v2, v2.5 or a jinja file; default: the tokenizer's.")] = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    adapter: Adapter = None,
 ) -> None:
     """Talk with a model: a line is a question. /reset, /system TEXT, /retry, /quit; Ctrl-C stops an answer."""
     from dsv2.engine.sampling import SamplingParams
@@ -233,7 +240,7 @@ def chat(
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
     from dsv2.engine.terminal import chat as run
 
-    run(path, params, template=template, device=device, dtype=dtype)
+    run(path, params, template=template, device=device, dtype=dtype, adapter=adapter)
 
 
 @app.command()
@@ -241,10 +248,13 @@ def serve(
     path: Checkpoint,
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model; default: PATH.")] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What clients call the model; default: ADAPTER, or else PATH.")
+    ] = None,
     api_key: Annotated[str | None, typer.Option(envvar="DSV2_API_KEY", help="What clients must send.")] = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    adapter: Adapter = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: the model's most.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences that run at once.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 8192,
@@ -275,6 +285,7 @@ def serve(
         limits,
         version=__version__,
         served_model_name=served_model_name,
+        adapter=adapter,
         on_start=lambda url: console.print(f"serving {path} at {url}", highlight=False),
         device=device,
         dtype=dtype,
@@ -293,14 +304,17 @@ def convert(
     target: Annotated[Path, typer.Argument(help="Directory to write.")],
     dtype: Dtype = None,
     max_shard_gb: Annotated[float, typer.Option(help="Largest shard, in 10^9 bytes.")] = 5.0,
+    adapter: Adapter = None,
 ) -> None:
-    """Rewrite a checkpoint in another dtype or sharding, in the official layout."""
+    """Rewrite a checkpoint in another dtype or sharding, or with an adapter merged, in the official layout."""
+    from dsv2.adapters import merge_adapter
     from dsv2.weights import convert as run
     from dsv2.weights import parse_dtype
 
     if not 0 < max_shard_gb < float("inf"):
         raise ValueError(f"--max-shard-gb {max_shard_gb} must be positive")
-    run(source, target, dtype=parse_dtype(dtype), max_shard_bytes=int(max_shard_gb * 1e9))
+    change = None if adapter is None else partial(merge_adapter, adapter)
+    run(source, target, dtype=parse_dtype(dtype), max_shard_bytes=int(max_shard_gb * 1e9), change=change)
     console.print(f"wrote {target}", highlight=False)
 
 

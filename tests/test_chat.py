@@ -18,6 +18,7 @@ from dsv2.engine.sampling import SamplingParams
 from dsv2.engine.terminal import COMMANDS, NO_TEMPLATE, Chat, Terminal, _typed_lines
 from dsv2.text import DEEPSEEK_V2, DEEPSEEK_V2_5, encode_chat
 from dsv2.weights import save
+from tests.adapted import write_adapter
 from tests.serve.live import get_model, get_tokenizer, new_engine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
@@ -260,6 +261,15 @@ def dsv2(lines: str, *arguments: str) -> Any:
 
 
 OPTIONS = ["--temperature", "0", "--max-tokens", "6", "--device", "cpu"]
+
+
+def test_the_command_takes_an_adapter(checkpoint: Path, tmp_path: Path) -> None:
+    adapter = str(write_adapter(tmp_path / "adapter", get_model()))
+    llm = LLM(str(checkpoint), device="cpu", adapter=adapter)
+    (output,) = llm.chat([{"role": "user", "content": "one"}], GREEDY, template=DEEPSEEK_V2)
+    done = dsv2("one\n", str(checkpoint), *OPTIONS, "--template", "v2", "--adapter", adapter)
+    assert done.stdout == f"{output.outputs[0].text.lstrip()}\n"
+    assert done.stdout != dsv2("one\n", str(checkpoint), *OPTIONS, "--template", "v2").stdout
 
 
 def test_the_command_answers_the_lines_of_a_pipe(checkpoint: Path, tmp_path: Path) -> None:

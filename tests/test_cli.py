@@ -17,10 +17,12 @@ import pytest
 
 import dsv2
 from dsv2 import cli
+from dsv2.adapters import merge_adapter
 from dsv2.config.run import to_toml
 from dsv2.data import TokenShards
 from dsv2.text import encode_chat
 from dsv2.train.step import StepStats, train_step
+from tests.adapted import same, state, write_adapter
 from tests.numerics import random_model
 from tests.train.tiny import documents, recipe, write_corpus
 
@@ -117,6 +119,7 @@ MISTAKES = {
     "unknown device": (["generate", "{c}/model", "--prompt", "a", "--device", "toaster"], "device 'toaster'"),
     "missing text": (["data", "tokenizer", "{tmp}/none", "--out", "{tmp}/t"], "{tmp}/none"),
     "report of nothing": (["report", "{tmp}"], "holds no training metrics"),
+    "no such adapter": (["convert", "{c}/model", "{tmp}/m", "--adapter", "{c}"], "no adapter_config.json at {c}"),
     "convert onto something else": (["convert", "{c}/model", "{c}"], "may not be replaced"),
     "held out into the training text": (
         [
@@ -205,6 +208,18 @@ def test_generate_says_what_the_library_says(corpus, sampling):
     prompt = tokenizer.encode("ten", add_bos=True)
     (ids,) = dsv2.generate(model, [prompt], max_new_tokens=5, sampling=chosen)
     assert said.stdout == "ten" + tokenizer.decode(ids) + "\n"
+
+
+def test_generate_and_convert_take_an_adapter(corpus, tmp_path):
+    merged = dsv2.load(corpus / "model")
+    adapter = str(write_adapter(tmp_path / "adapter", merged))
+    merge_adapter(adapter, merged)
+    options = ["--prompt", "ten", "--max-tokens", "5", "--device", "cpu"]
+    said = run("generate", str(corpus / "model"), "--adapter", adapter, *options)
+    assert run("convert", str(corpus / "model"), str(tmp_path / "merged"), "--adapter", adapter).returncode == 0
+    assert same(state(dsv2.load(tmp_path / "merged")), state(merged))
+    assert said.stdout == run("generate", str(tmp_path / "merged"), *options).stdout
+    assert said.stdout != run("generate", str(corpus / "model"), *options).stdout
 
 
 def test_chat_answers_a_templated_prompt_without_repeating_it(corpus):

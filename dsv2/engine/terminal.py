@@ -164,19 +164,21 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def chat(path: str, params: SamplingParams, *, template: str | None, device: str, dtype: str | None) -> None:
+def chat(
+    path: str, params: SamplingParams, *, template: str | None, device: str, dtype: str | None, adapter: str | None
+) -> None:
     """Chat with a checkpoint (a directory or hub id) over standard input and output, until either ends.
 
     Args:
         params: see `Chat`.
         template: v2, v2.5 or a file of jinja; None: the tokenizer's own.
-        device, dtype: see `LLM`; "auto" is a GPU where there is one.
+        device, dtype, adapter: see `LLM`; the device "auto" is a GPU where there is one.
 
     Raises ValueError as `LLM`, `Chat` and, where standard input is no terminal, `Terminal.run` do.
     """
     text = None if template is None else _TEMPLATES.get(template) or Path(template).read_text(encoding="utf-8")
     is_interactive = sys.stdin.isatty()
-    engine = LLM(path, device=device, dtype=dtype, max_num_seqs=1).engine
+    engine = LLM(path, device=device, dtype=dtype, max_num_seqs=1, adapter=adapter).engine
     terminal = Terminal(Chat(engine, params, text), _write, _note, is_interactive=is_interactive)
     if is_interactive:
         _note(COMMANDS)

@@ -43,11 +43,13 @@ _LONG_BYTES = 4096
 class Api:
     """The endpoints, around one engine. `loop` is started and stopped with the application."""
 
-    def __init__(self, engine: Engine, config: ServeConfig, model_name: str, version: str) -> None:
-        """Raises ValueError where the engine has no tokenizer."""
+    def __init__(
+        self, engine: Engine, config: ServeConfig, model_name: str, version: str, parent: str | None = None
+    ) -> None:
+        """Raises ValueError where the engine has no tokenizer. `parent`: the model that an adapter made this one of."""
         if engine.tokenizer is None:
             raise ValueError(f"{model_name} has no tokenizer: a server needs one")
-        self.config, self.model_name, self.version = config, model_name, version
+        self.config, self.model_name, self.version, self.parent = config, model_name, version, parent
         self.tokenizer, self.max_model_len = engine.tokenizer, engine.config.max_model_len
         stats = Stats()
         self.loop = EngineLoop(engine, stats, config.max_queued_seqs)
@@ -102,7 +104,7 @@ class Api:
 
     def _model(self) -> dict[str, Any]:
         about = {"id": self.model_name, "object": "model", "created": self.created, "owned_by": "dsv2"}
-        return about | {"root": self.model_name, "parent": None, "max_model_len": self.max_model_len}
+        return about | {"root": self.model_name, "parent": self.parent, "max_model_len": self.max_model_len}
 
     async def tokenize(self, request: Request) -> Response:
         fields = await self._fields(request)
@@ -189,9 +191,11 @@ async def _encode(fields: Fields, work: Callable[[], T]) -> T:
     return await asyncio.to_thread(work) if fields.num_bytes > _LONG_BYTES else work()
 
 
-def create_app(engine: Engine, config: ServeConfig, model_name: str, version: str) -> FastAPI:
-    """The application, whose `state.api` is its `Api`. Raises ValueError where the engine has no tokenizer."""
-    api = Api(engine, config, model_name, version)
+def create_app(
+    engine: Engine, config: ServeConfig, model_name: str, version: str, parent: str | None = None
+) -> FastAPI:
+    """The application, whose `state.api` is its `Api`. Arguments and errors are of that."""
+    api = Api(engine, config, model_name, version, parent)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -21,6 +21,7 @@ def serve(
     *,
     version: str,
     served_model_name: str | None = None,
+    adapter: str | None = None,
     on_start: Callable[[str], None] = lambda url: None,
     **engine_options: Any,
 ) -> None:
@@ -29,7 +30,8 @@ def serve(
     Args:
         path: a checkpoint's directory or hub id.
         version: what /version says.
-        served_model_name: the `model` that clients name; None: `path` as it was given.
+        served_model_name: the `model` that clients name; None: `adapter`, or else `path`, as it was given.
+        adapter: LoRA weights; the model is then served with them only, and /v1/models tells its parent, `path`.
         on_start: called with the address once the model is loaded, before the port is open.
         engine_options: of `dsv2.engine.llm.LLM`.
 
@@ -40,8 +42,9 @@ def serve(
     from dsv2.serve.server import Server
 
     config = replace(config, max_connections=_allowed_connections(config.max_connections))
-    engine = LLM(path, **engine_options).engine
-    app = create_app(engine, config, served_model_name or path, version)
+    engine = LLM(path, adapter=adapter, **engine_options).engine
+    name, parent = served_model_name or adapter or path, None if adapter is None else path
+    app = create_app(engine, config, name, version, parent)
     on_start(f"http://{host}:{port}")
     Server(app, host, port, config).run()
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import resource
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from fastapi import FastAPI
 
+from dsv2.adapters import merge_adapter
 from dsv2.config.serve import ServeConfig
 from dsv2.serve.app import Api
 from dsv2.serve.command import _allowed_connections, serve
 from dsv2.serve.server import Server
-from dsv2.weights import save
+from dsv2.weights import load, save
+from tests.adapted import same, state, write_adapter
 from tests.serve.live import get_model, get_tokenizer
 
 
@@ -48,6 +52,22 @@ def test_a_checkpoint_is_served_under_its_path_or_a_name(tmp_path: Path, servers
     assert urls == ["http://127.0.0.1:8123"] * 2
     assert [api_of(server).model_name for server in servers] == [path, "mine"]
     assert [api_of(server).max_model_len for server in servers] == [128, 128]
+
+
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_an_adapted_model_is_served_as_the_child_of_its_base(
+    tmp_path: Path, servers: list[Server], name: str | None
+) -> None:
+    save(get_model(), tmp_path / "model", tokenizer=get_tokenizer())
+    path, adapter = str(tmp_path / "model"), str(write_adapter(tmp_path / "adapter", get_model()))
+    options: dict[str, Any] = {"device": "cpu", "max_model_len": 128, "num_pages": 8, "served_model_name": name}
+    serve(path, "127.0.0.1", 8123, ServeConfig(), version="1", adapter=adapter, **options)
+    api = api_of(servers[0])
+    (listed,) = json.loads(bytes(asyncio.run(api.models()).body))["data"]
+    assert (listed["id"], listed["parent"]) == (name or adapter, path)
+    expected = load(path)
+    merge_adapter(adapter, expected)
+    assert same(state(api.loop.engine.model), state(expected))
 
 
 def test_connections_stay_within_what_the_system_allows(monkeypatch: pytest.MonkeyPatch) -> None:
