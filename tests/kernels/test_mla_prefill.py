@@ -163,6 +163,19 @@ def test_widths_that_powers_of_two_cover_badly_fit_shared_memory() -> None:
     assert max(line["shared_bytes"] for line in found) <= 232_448
 
 
+def test_the_hopper_kernel_compiles_into_matrix_instructions_that_overlap() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compile_hopper", "mla_prefill"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (found,) = (json.loads(line) for line in done.stdout.splitlines())
+    assert found["shared_bytes"] <= 232_448
+    # Two warp groups; scores and values before the loop, in it and after it; 192 channels or 128 keys, 16 at a time.
+    assert found["matrix_instructions"] == 2 * (12 + 12 + 8 + 8)
+    assert not found["serialised"]
+    assert not found["spilled_bytes"]
+
+
 # As an operator ---------------------------------------------------------------------------------------------------
 
 

@@ -67,6 +67,25 @@ def _shared(lengths: tuple[int, ...], widths: tuple[int, int, int], prefix: tupl
     return make
 
 
+def _official(lengths: tuple[int, ...], H: int, dirty: tuple[int, ...] = ()) -> Inputs:
+    """MLA's widths as the engine has them: k and v are halves of one projection, rotary keys lie in wider rows.
+
+    Documents `dirty` are NaN, and so is then what they give.
+    """
+
+    def make(maker: Maker) -> dict[str, Any]:
+        T, bounds = sum(lengths), bounds_of(lengths)
+        q, kv, rows = maker.normal(T, H, 192), maker.normal(T, H, 256), maker.normal(T, 576)
+        rows[:, :512] = float("nan")
+        for i in dirty:
+            for x in (q, kv, rows):
+                x[bounds[i] : bounds[i + 1]] = float("nan")
+        inputs = {"q": q, "k": kv[..., :128], "v": kv[..., 128:], "k_rope": rows[:, 512:], "scale": 192**-0.5}
+        return inputs | {"cu_seqlens": maker.tensor(bounds, torch.int32)}
+
+    return make
+
+
 def _steep(maker: Maker) -> dict[str, Any]:
     """Logits of a hundred and more: one key takes all, the others underflow."""
     inputs = _inputs((70, 3), (1, 1), (16, 16))(maker)
@@ -74,6 +93,7 @@ def _steep(maker: Maker) -> dict[str, Any]:
 
 
 ALL = ("q", "k", "v")
+BLOCK_EDGES = (1, 63, 0, 64, 65, 127, 128, 129)
 WITH_PREFIX = (*ALL, "k_prefix", "v_prefix")
 
 CASES = (
@@ -92,6 +112,19 @@ CASES = (
             ("v2", (128, 64, 128), (0, 9, 0, 70), ()),
             ("laid-out", (24, 8, 16), (), ()),
             ("gradients", (16, 8, 16), (3, 0, 65, 2), (*WITH_PREFIX, "k_rope", "k_rope_prefix")),
+        )
+    ),
+    *(
+        # Too much for the interpreter, which has no Gluon either.
+        Case(name=f"official-{name}", inputs=inputs, dtypes=())
+        for name, inputs in (
+            ("one-row", _official((1,), 16)),
+            ("edges", _official((*BLOCK_EDGES, 2048), 16)),
+            ("edges-H128", _official(BLOCK_EDGES, 128)),
+            ("long", _official((8000, 300), 4)),
+            ("many", _official((3, 130) * 150, 3)),
+            ("nan-between", _official((200, 300, 77, 128), 4, dirty=(1,))),
+            ("nan-last", _official((200, 300, 77, 130), 4, dirty=(3,))),
         )
     ),
     Case(name="no-rows", inputs=_inputs((0, 0), (2, 2), (48, 32)), gradients=ALL),

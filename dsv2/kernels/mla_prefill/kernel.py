@@ -4,6 +4,8 @@ A program owns a block of rows of one document and one head, and finds them on t
 from cu_seqlens[i] // B + i to the next document's first, which are enough whatever the lengths are. So T // B + N
 blocks cover T rows in N documents, and no launch depends on lengths. What a program reads block by block comes through
 tensor descriptors (Hopper's copy engine), with zeros past the tensor's end. 192 channels lie in pieces of 128 and 64.
+
+On Hopper the forward at MLA's widths, in bf16 and without a prefix, is `hopper.py`'s.
 """
 
 from __future__ import annotations
@@ -330,6 +332,9 @@ def _forward(
     lse = torch.empty(H, T, dtype=torch.float32, device=q.device)
     if T == 0:
         return o, lse
+    if k_prefix is None and _is_for_hopper(q, k, v, k_rope):
+        _hopper_forward(q, k, v, cu_seqlens, scale, k_rope, o, lse)
+        return o, lse
     c, N, q = constants("fwd", q.device, K, V), len(cu_seqlens) - 1, readable(q)
     blocks, prefix = T // c["BM"] + N, keys(k_prefix, v_prefix, c, k_rope_prefix)
     _mla_prefill_fwd_kernel[(blocks * H,)](
@@ -338,6 +343,22 @@ def _forward(
         **c,
     )  # fmt: skip
     return o, lse
+
+
+def _is_for_hopper(q: Tensor, k: Tensor, v: Tensor, k_rope: Tensor | None) -> bool:
+    """MLA's widths, with keys and values for every head; `k_rope` holds the keys' last 64 channels, or k itself."""
+    is_official = (q.shape[2], v.shape[2]) == (192, 128) and k.shape[1:] == (q.shape[1], 192 if k_rope is None else 128)
+    return is_official and q.dtype == torch.bfloat16 and q.is_cuda and capability(q.device) == HOPPER
+
+
+def _hopper_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, k_rope: Tensor | None, o: Tensor, lse: Tensor
+) -> None:
+    from dsv2.kernels.mla_prefill import hopper
+
+    k = readable(k)
+    k_rope = k[..., 128:] if k_rope is None else readable(k_rope[:, None])
+    hopper.forward(readable(q), k, readable(v), k_rope, cu_seqlens, scale * LOG2_E, o, lse)
 
 
 @_forward.register_fake
