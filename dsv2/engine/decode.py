@@ -47,8 +47,7 @@ class FixedDecoder:
         self._steps: dict[int, _FixedStep] = {}
         has_graphs = model.device.type == "cuda" and len(sizes) > 0
         self._pool = torch.cuda.graph_pool_handle() if has_graphs else None
-        # Shared experts first: what the routed ones leave over would be taken after all of them.
-        self.side_stream = torch.cuda.Stream(model.device, priority=-1) if has_graphs else None
+        self.side_stream = torch.cuda.Stream(model.device) if has_graphs else None
 
     def fits(self, num_rows: int) -> bool:
         return bool(self.sizes) and num_rows <= self.sizes[-1]

@@ -254,14 +254,6 @@ def test_equal_documents_that_get_gradients_go_to_cudnn(hopper) -> None:
     assert plan(*x, [0, 512]) == "cudnn-batched"
 
 
-def test_without_gradients_only_lengths_that_recur_go_to_cudnn(hopper) -> None:
-    x = half(1024, 1024)
-    with torch.no_grad():
-        assert plan(*x, [0, 1024, 2048]) == "cudnn-batched"
-        assert plan(*x, [0, 2048]) == "cudnn-batched"
-        assert plan(*half(1152), [0, 1152]) == "triton"
-
-
 def test_everything_else_on_the_gpu_goes_to_the_kernel(hopper) -> None:
     x = half(256, 256)
     bounds = [0, 256, 512]

@@ -66,7 +66,7 @@ def mla_prefill(
     cu_seqlens_prefix = None if cu_seqlens_prefix is None else cu_seqlens_prefix.contiguous()
     prefix, rope = (k_prefix, v_prefix, cu_seqlens_prefix), (k_rope, k_rope_prefix)
     _check(q, k, v, cu_seqlens, bounds, *prefix, *rope)
-    chosen = plan(q, k, v, bounds, has_prefix=k_prefix is not None, is_shared=k_rope is not None)
+    chosen = plan(q, k, v, bounds, has_prefix=k_prefix is not None)
     if chosen == "triton":
         from dsv2.kernels.mla_prefill.kernel import mla_prefill as kernel
 
@@ -96,37 +96,30 @@ def plan(
     bounds: Sequence[int] | None,
     *,
     has_prefix: bool = False,
-    is_shared: bool = False,
 ) -> str:
     """Which implementation `mla_prefill` runs: the fastest that can.
 
-    `cudnn-batched`: documents of one length, on Hopper. cuDNN is a quarter faster there than the kernel, but takes
-    0.1 s to plan each shape that it has not met, so it gets lengths that recur: multiples of 128 in training, of 1024
-    without gradients, and then none where heads share channels, whose layout would cost what it gains. Its gradient of
-    q does not repeat bit for bit: torch.use_deterministic_algorithms keeps it away.
+    `cudnn-batched`: training on documents of one length, on Hopper. cuDNN's backward is faster there than the
+    kernel's, but it takes 0.1 s to plan each shape that it has not met, so it gets lengths that recur, multiples of
+    128. Its gradient of q does not repeat bit for bit: torch.use_deterministic_algorithms keeps it away.
     `triton`: everything else on a GPU in bf16 or fp16; repeats bit for bit.
     `sdpa`: what the kernel cannot take, by PyTorch's choice. `reference`: the same with a prefix or without `bounds`.
     """
     if q.dtype not in HALF or not use_kernel(q):
         return "reference" if bounds is None or len(bounds) < 2 or has_prefix else "sdpa"
-    if (
-        bounds is None
-        or has_prefix
-        or (is_shared and not _trains(q, k, v))
-        or torch.are_deterministic_algorithms_enabled()
-    ):
+    if bounds is None or has_prefix or not _trains(q, k, v) or torch.are_deterministic_algorithms_enabled():
         return "triton"
-    return "cudnn-batched" if _suits_cudnn(q, v, bounds, 128 if _trains(q, k, v) else 1024) else "triton"
+    return "cudnn-batched" if _suits_cudnn(q, v, bounds) else "triton"
 
 
-def _suits_cudnn(q: Tensor, v: Tensor, bounds: Sequence[int], multiple: int) -> bool:
+def _suits_cudnn(q: Tensor, v: Tensor, bounds: Sequence[int]) -> bool:
     """One length, of a kind that recurs, and widths that are known to work."""
     lengths = {b - a for a, b in pairwise(bounds)}
     K, V = q.shape[2], v.shape[2]
     return (
         len(lengths) == 1
         and (length := lengths.pop()) > 0
-        and length % multiple == 0
+        and length % 128 == 0
         and K % 8 == V % 8 == 0
         and K <= 192
         and V <= 128

@@ -2,9 +2,9 @@
 
 After FlashAttention-3 (Shah et al., 2024): of a program's three warp groups two compute 64 rows of queries each, and
 one warp of the third brings keys and values, 128 rows at a time, two places each. A warp group's scores of the next
-keys and its values of the last are under way while it computes a softmax; the two take turns in giving matrix
-instructions, so that one computes softmax while the other multiplies. There is a program for every multiprocessor,
-which takes the next block of queries from a counter when it has brought what the one before needs.
+keys and its values of the last are under way while it computes a softmax; that the two take turns in giving matrix
+instructions, as they do in that paper, was slower. There is a program for every multiprocessor, which takes the next
+block of queries from a counter when it has brought what the one before needs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROPE = gl.constexpr(64)
 VALUE = gl.constexpr(128)
 STAGES = gl.constexpr(2)
 # Heads side by side: what the programs read at a time is to fit in the L2 cache.
-HEADS = gl.constexpr(4)
+HEADS = gl.constexpr(8)
 
 
 @gluon.jit
@@ -192,7 +192,7 @@ def _store(o, lse, b_o, b_m, b_l, i_h, row, length, first, T, H, dtype: gl.const
 @gluon.jit
 def _attend(
     o, lse, T, H, scale_log2, qn_smem, qr_smem, kn_smem, kr_smem, v_smem, block_smem,
-    q_full, q_free, k_full, k_free, v_full, v_free, turn, other_turn, W: gl.constexpr,
+    q_full, q_free, k_full, k_free, v_full, v_free, W: gl.constexpr,
 ):  # fmt: skip
     """Warp group W of two: running softmax, base 2, of ROWS rows of queries over all keys that they see."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -201,7 +201,6 @@ def _attend(
     o_m = W * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
     o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, mma))
     num_blocks = gl.to_tensor(0)
-    num_turns = gl.to_tensor(0)
     it = gl.to_tensor(0)
     mbarrier.wait(q_full, 0)
     i_h, row, length, first = _told(block_smem)
@@ -225,11 +224,9 @@ def _attend(
         for i in range(rest):
             stage = it % STAGES
             stage_k = (it + 1) % STAGES
-            mbarrier.wait(turn, (num_turns & 1) ^ (1 - W))
             b_s = _score(qn_smem.index(W), qr_smem.index(W), kn_smem.index(stage_k), kr_smem.index(stage_k), mma)
             mbarrier.wait(v_full.index(stage), it // STAGES & 1)
             b_o = warpgroup_mma(b_p, v_smem.index(stage), b_o, is_async=True)
-            mbarrier.arrive(other_turn, count=1)
             b_s = warpgroup_mma_wait(1, deps=[b_s])
             mbarrier.arrive(k_free.index(stage_k), count=1)
             b_new = gl.maximum(b_m, gl.max(b_s, 1) * scale_log2)
@@ -237,13 +234,12 @@ def _attend(
             b_e = gl.exp2(b_s * scale_log2 - b_new[:, None])
             b_l = b_l * b_fade + gl.sum(b_e, 1)
             b_m = b_new
-            # The next turn's keys. Here it also keeps ptxas from awaiting the values ahead of the softmax.
+            # The next round's keys. Here it also keeps ptxas from awaiting the values ahead of the softmax.
             mbarrier.wait(k_full.index((it + 2) % STAGES), (it + 2) // STAGES & 1, pred=i + 1 < rest)
             b_o, b_p = warpgroup_mma_wait(0, deps=[b_o, b_p])
             mbarrier.arrive(v_free.index(stage), count=1)
             b_o = b_o * b_fade[:, None]
             b_p = gl.convert_layout(b_e.to(dtype), left)
-            num_turns += 1
             it += 1
         mbarrier.arrive(q_free, count=1)
         stage = it % STAGES
@@ -278,12 +274,8 @@ def _mla_prefill_fwd_kernel(
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    turn0 = gl.allocate_shared_memory(gl.int64, [1], bar)
-    turn1 = gl.allocate_shared_memory(gl.int64, [1], bar)
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_free, count=2)
-    mbarrier.init(turn0, count=1)
-    mbarrier.init(turn1, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_free.index(i), count=2)
@@ -294,9 +286,9 @@ def _mla_prefill_fwd_kernel(
     gl.warp_specialize(
         [
             (_attend, (o, lse, T, H, scale_log2, qn_smem, qr_smem, kn_smem, kr_smem, v_smem, block_smem,
-                       q_full, q_free, k_full, k_free, v_full, v_free, turn0, turn1, 0)),
+                       q_full, q_free, k_full, k_free, v_full, v_free, 0)),
             (_attend, (o, lse, T, H, scale_log2, qn_smem, qr_smem, kn_smem, kr_smem, v_smem, block_smem,
-                       q_full, q_free, k_full, k_free, v_full, v_free, turn1, turn0, 1)),
+                       q_full, q_free, k_full, k_free, v_full, v_free, 1)),
             (_bring, (qn_desc, qr_desc, kn_desc, kr_desc, v_desc, cu, counter, N, H, blocks,
                       stride_qh, stride_kh, stride_rh, stride_vh,
                       qn_smem, qr_smem, kn_smem, kr_smem, v_smem, block_smem,
