@@ -79,6 +79,21 @@ def test_nan_in_a_document_reaches_no_output_of_another(document: int) -> None:
 
 
 @computes_with_nan
+@pytest.mark.parametrize("name", ["q", "k", "v", "gradient"])
+def test_nan_in_a_document_changes_no_gradient_of_another(name: str) -> None:
+    a = packed(17, 5, 20, H=1, heads=1, K=16, V=16)
+    leaves = {n: a[n] for n in "qkv"} | {"gradient": draw(42, 1, 16, seed=6)}
+    broken = leaves | {name: leaves[name].index_fill(0, torch.arange(17, 22), float("nan"))}
+
+    def gradients(leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        x = {n: leaves[n].clone().requires_grad_() for n in "qkv"}
+        return torch.autograd.grad(kernel(**(a | x)), list(x.values()), leaves["gradient"])
+
+    for clean, found in zip(gradients(leaves), gradients(broken), strict=True):
+        assert torch.equal(found[:17], clean[:17]) and torch.equal(found[22:], clean[22:])
+
+
+@computes_with_nan
 def test_nan_in_a_prefix_reaches_no_output_of_another_document() -> None:
     a = packed(3, 4, 5) | {
         "k_prefix": draw(30, 2, 48, seed=4),

@@ -57,8 +57,8 @@ def mla_prefill(
             are, in the widths that MLA has; otherwise keys are laid out first.
 
     Returns [T, H, V] in q's dtype. Softmax in fp32. Differentiable in q, k, v, k_prefix and v_prefix. On a GPU nothing
-    waits for it and no launch depends on lengths (except under plan `reference`). NaN in a document reaches no output
-    of another. Raises ValueError where arguments do not match.
+    waits for it and no launch depends on lengths (except under plan `reference`). NaN or infinity in a
+    document reaches no output and no gradient of another. Raises ValueError where arguments do not match.
     """
     if not scale > 0:
         raise ValueError(f"scale is {scale}, expected above 0")

@@ -1,8 +1,8 @@
-"""Inputs for mla_prefill: ragged documents around the block sizes, shared heads, odd widths, views, cached prefixes."""
+"""Inputs for mla_prefill: ragged documents around the block sizes, some of them NaN, shared heads, views, prefixes."""
 
 from __future__ import annotations
 
-from itertools import accumulate, zip_longest
+from itertools import accumulate, pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -92,6 +92,26 @@ def _steep(maker: Maker) -> dict[str, Any]:
     return inputs | {"q": inputs["q"] * 8, "scale": 4.0}
 
 
+def _broken(inputs: Inputs, value: float, odd: bool) -> Inputs:
+    """Every other document is `value` throughout, with its prefix: nothing of it may reach those between."""
+
+    def make(maker: Maker) -> dict[str, Any]:
+        made = inputs(maker)
+        for ends in ("cu_seqlens", "cu_seqlens_prefix"):
+            bounds = made[ends].tolist() if ends in made else []
+            for start, stop in list(pairwise(bounds))[odd::2]:
+                for x in (
+                    ("q", "k", "v", "k_rope") if ends == "cu_seqlens" else ("k_prefix", "v_prefix", "k_rope_prefix")
+                ):
+                    if x in made:
+                        made[x][start:stop] = value
+        return made
+
+    return make
+
+
+NAN, INF = float("nan"), float("inf")
+AROUND_BLOCKS = (1, 15, 16, 17, 63, 64, 65, 127, 129, 1)
 ALL = ("q", "k", "v")
 BLOCK_EDGES = (1, 63, 0, 64, 65, 127, 128, 129)
 WITH_PREFIX = (*ALL, "k_prefix", "v_prefix")
@@ -125,6 +145,22 @@ CASES = (
             ("many", _official((3, 130) * 150, 3)),
             ("nan-between", _official((200, 300, 77, 128), 4, dirty=(1,))),
             ("nan-last", _official((200, 300, 77, 130), 4, dirty=(3,))),
+        )
+    ),
+    *(
+        Case(
+            name=f"broken-{name}",
+            inputs=_broken(inputs, value, odd),
+            gradients=gradients,
+            dtypes=(torch.float32,),
+        )
+        for name, inputs, value, odd, gradients in (
+            ("even", _inputs(AROUND_BLOCKS, (1, 1), (48, 32)), NAN, False, ALL),
+            ("odd", _inputs(AROUND_BLOCKS, (1, 1), (48, 32)), INF, True, ALL),
+            ("v2", _inputs((33, 3, 129, 5), (1, 1), (192, 128)), NAN, True, ALL),
+            ("prefix", _inputs((3, 66, 17, 1), (2, 1), (48, 32), (65, 5, 17, 70)), INF, True, WITH_PREFIX),
+            ("shared", _shared((3, 66, 17), (16, 8, 16), (65, 5, 17)), NAN, True, ()),
+            ("shared-gradients", _shared((3, 17, 20), (16, 8, 16)), NAN, True, (*ALL, "k_rope")),
         )
     ),
     Case(name="no-rows", inputs=_inputs((0, 0), (2, 2), (48, 32)), gradients=ALL),

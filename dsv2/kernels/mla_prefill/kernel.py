@@ -6,6 +6,9 @@ blocks cover T rows in N documents, and no launch depends on lengths. What a pro
 tensor descriptors (Hopper's copy engine), with zeros past the tensor's end. 192 channels lie in pieces of 128 and 64.
 
 On Hopper the forward at MLA's widths, in bf16 and without a prefix, is `hopper.py`'s.
+
+Descriptors know nothing of documents. What they read of the next one would weigh nothing, but 0 * NaN is NaN: so every
+row that takes part in a sum is the document's own, or zeroed.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ from dsv2.kernels.backend import HOPPER, capability, kernel_op
 from dsv2.kernels.mla_prefill.reference import with_rope
 
 LOG2_E = math.log2(math.e)
+
+SHORT = tl.constexpr(16)
+"""Rows of a tile where a document has fewer than BM."""
 
 
 @triton.jit
@@ -74,17 +80,24 @@ def store_rows(x, o_r, m, b_x, b_x2, X: tl.constexpr, W: tl.constexpr, W2: tl.co
 
 
 @triton.jit
-def score(
-    b_a, b_a2, desc, desc2, i_h, row, B: tl.constexpr, W: tl.constexpr, W2: tl.constexpr, SHARED: tl.constexpr = False
+def described_rows(
+    desc, desc2, i_h, row, B: tl.constexpr, W: tl.constexpr, W2: tl.constexpr, SHARED: tl.constexpr = False
 ):
-    """Rows of a second operand, [B, W] and [B, W2], and a . them^T. SHARED: the second piece is one for all heads."""
-    b_b = desc.load([i_h, row, 0]).reshape(B, W)
-    b_s = tl.dot(b_a, b_b.T)
-    b_b2 = b_b
+    """Rows of a head, [B, W] and [B, W2], whatever the document. SHARED: the second piece is one for all heads."""
+    b_x = desc.load([i_h, row, 0]).reshape(B, W)
+    b_x2 = b_x
     if W2:
-        b_b2 = desc2.load([0 if SHARED else i_h, row, 0 if SHARED else W]).reshape(B, W2)
+        b_x2 = desc2.load([0 if SHARED else i_h, row, 0 if SHARED else W]).reshape(B, W2)
+    return b_x, b_x2
+
+
+@triton.jit
+def product(b_a, b_a2, b_b, b_b2, W2: tl.constexpr):
+    """a . b^T of rows in two pieces."""
+    b_s = tl.dot(b_a, b_b.T)
+    if W2:
         b_s = tl.dot(b_a2, b_b2.T, b_s)
-    return b_b, b_b2, b_s
+    return b_s
 
 
 @triton.jit
@@ -99,7 +112,8 @@ def attend(
     whole = tl.minimum(end, num // BN * BN)
     for REST in tl.static_range(2):
         for j in range(whole * REST, end if REST else whole, BN):
-            b_k, b_k2, b_s = score(b_q, b_q2, k, k2, i_h, row + j, BN, BK, BK2, SHARED)
+            b_k, b_k2 = described_rows(k, k2, i_h, row + j, BN, BK, BK2, SHARED)
+            b_s = product(b_q, b_q2, b_k, b_k2, BK2)
             b_v = v.load([i_h, row + j, 0]).reshape(BN, BV)
             o_n = j + tl.arange(0, BN)
             if j + BN > seen:
@@ -153,21 +167,28 @@ def _mla_prefill_fwd_kernel(
 
 @triton.jit
 def attend_dq(
-    b_dq, b_dq2, b_q, b_q2, b_do, b_lse, b_delta, k, k2, v, i_h, row, end, o_last, seen, scale,
+    b_dq, b_dq2, b_q, b_q2, b_do, b_lse, b_delta, k, k2, v, i_h, row, num, end, o_last, seen, scale,
     BN: tl.constexpr, BK: tl.constexpr, BK2: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Over the same keys as `attend`."""
-    for j in range(0, end, BN):
-        b_k, b_k2, b_s = score(b_q, b_q2, k, k2, i_h, row + j, BN, BK, BK2)
-        o_n = j + tl.arange(0, BN)
-        if j + BN > seen:
-            b_s = tl.where(o_n[None, :] <= o_last[:, None], b_s, float("-inf"))
-        b_p = tl.exp2(b_s * scale - b_lse[:, None])
-        b_v = v.load([i_h, row + j, 0]).reshape(BN, BV)
-        b_ds = (b_p * (tl.dot(b_do, b_v.T) - b_delta[:, None])).to(b_k.dtype)
-        b_dq = tl.dot(b_ds, b_k, b_dq)
-        if BK2:
-            b_dq2 = tl.dot(b_ds, b_k2, b_dq2)
+    """Over the same keys as `attend`, in the same order."""
+    whole = tl.minimum(end, num // BN * BN)
+    for REST in tl.static_range(2):
+        for j in range(whole * REST, end if REST else whole, BN):
+            b_k, b_k2 = described_rows(k, k2, i_h, row + j, BN, BK, BK2)
+            b_v = v.load([i_h, row + j, 0]).reshape(BN, BV)
+            o_n = j + tl.arange(0, BN)
+            if REST:
+                # What comes after the last key weighs nothing, but 0 * NaN would.
+                m_n = (o_n < num)[:, None]
+                b_k, b_k2, b_v = tl.where(m_n, b_k, 0.0), tl.where(m_n, b_k2, 0.0), tl.where(m_n, b_v, 0.0)
+            b_s = product(b_q, b_q2, b_k, b_k2, BK2)
+            if j + BN > seen:
+                b_s = tl.where(o_n[None, :] <= o_last[:, None], b_s, float("-inf"))
+            b_p = tl.exp2(b_s * scale - b_lse[:, None])
+            b_ds = (b_p * (tl.dot(b_do, b_v.T) - b_delta[:, None])).to(b_k.dtype)
+            b_dq = tl.dot(b_ds, b_k, b_dq)
+            if BK2:
+                b_dq2 = tl.dot(b_ds, b_k2, b_dq2)
     return b_dq, b_dq2
 
 
@@ -200,25 +221,52 @@ def _mla_prefill_dq_kernel(
         S = tl.load(cu_prefix + i_n + 1) - row_p
         b_dq, b_dq2 = attend_dq(
             b_dq, b_dq2, b_q, b_q2, b_do, b_lse, b_delta, k_prefix, k2_prefix, v_prefix, i_kv, row_p, S,
-            o_m * 0 + S - 1, S, scale, BN, BK, BK2, BV,
+            S, o_m * 0 + S - 1, S, scale, BN, BK, BK2, BV,
         )  # fmt: skip
     end = tl.minimum(first + BM, L)
     b_dq, b_dq2 = attend_dq(
-        b_dq, b_dq2, b_q, b_q2, b_do, b_lse, b_delta, k, k2, v, i_kv, row, end, o_m, first + 1, scale, BN, BK, BK2, BV
-    )
+        b_dq, b_dq2, b_q, b_q2, b_do, b_lse, b_delta, k, k2, v, i_kv, row, L, end, o_m, first + 1, scale,
+        BN, BK, BK2, BV,
+    )  # fmt: skip
     store_rows(dq, o_t * H + i_h, m_m, b_dq * dscale, b_dq2 * dscale, K, BK, BK2)
+
+
+@triton.jit
+def add_rows(
+    b_dk, b_dk2, b_dv, b_k, b_k2, b_v, b_q, b_q2, b_do, lse, delta, m_m, shift, scale,
+    BN: tl.constexpr, B: tl.constexpr, CAUSAL: tl.constexpr, BK2: tl.constexpr,
+):  # fmt: skip
+    """What B rows, the first `shift` after the first key, give to dk and dv; those outside of m_m give nothing.
+
+    Transposed, [BN, B]: then p and ds can stay in registers as left operands.
+    """
+    b_dp = tl.dot(b_v, b_do.T)
+    b_s = product(b_k, b_k2, b_q, b_q2, BK2)
+    if CAUSAL:
+        b_s = tl.where(tl.arange(0, BN)[:, None] - shift <= tl.arange(0, B)[None, :], b_s, float("-inf"))
+    # Read this late, they are not held in registers during the products: the loop has none to spare.
+    b_lse = tl.load(lse, mask=m_m, other=float("inf"))
+    b_delta = tl.load(delta, mask=m_m, other=0.0)
+    b_p = tl.exp2(b_s * scale - b_lse[None, :])
+    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv)
+    b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
+    b_dk = tl.dot(b_ds, b_q, b_dk)
+    if BK2:
+        b_dk2 = tl.dot(b_ds, b_q2, b_dk2)
+    return b_dk, b_dk2, b_dv
 
 
 @triton.jit(do_not_specialize=["N", "blocks"])
 def _mla_prefill_dkv_kernel(
-    q, q2, do, k, v, cu, cu_keys, lse, delta, dk, dv, scale, dscale, T, N, H, blocks,
-    stride_k, stride_kh, stride_v, stride_vh,
+    q, q2, do, q_rows, do_rows, k, v, cu, cu_keys, lse, delta, dk, dv, scale, dscale, T, N, H, blocks,
+    stride_q, stride_qh, stride_do, stride_doh, stride_k, stride_kh, stride_v, stride_vh,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, IS_PREFIX: tl.constexpr,
     HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BK2: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys: over all heads that share them and all rows that see them.
 
-    `cu_keys` bounds the documents' keys: their own rows, or prefixes, which all rows of the document see.
+    `cu_keys` bounds the documents' keys: their own rows, or prefixes, which all rows of the document see. A document
+    of fewer rows than a tile comes in small ones, masked.
     """
     i_kv, i_x = deal(H, blocks, HEADS)
     i_n, row_k, S, first = locate(cu_keys, i_x, N, BN)
@@ -234,28 +282,33 @@ def _mla_prefill_dkv_kernel(
     b_dk2 = tl.zeros([BN, BK2 if BK2 else 1], dtype=tl.float32)
     b_dv = tl.zeros([BN, BV], dtype=tl.float32)
     low = 0 if IS_PREFIX else first
-    steps = tl.cdiv(L - low, BM)
+    steps = tl.cdiv(L - low, BM) if L >= BM else 0
     for i in range(0, steps * GROUP):
-        i_h, i_m = i_kv, i * BM
+        i_h, i_m = i_kv, low + i * BM
         if GROUP > 1:
-            i_h, i_m = i_kv * GROUP + i // steps, i % steps * BM
-        o_m = low + i_m + tl.arange(0, BM)
-        # Transposed, [BN, BM]: then p and ds can stay in registers as left operands.
-        b_do = do.load([i_h, row + low + i_m, 0]).reshape(BM, BV)
-        b_dp = tl.dot(b_v, b_do.T)
-        b_q, b_q2, b_s = score(b_k, b_k2, q, q2, i_h, row + low + i_m, BM, BK, BK2)
-        p_row = i_h.to(tl.int64) * T + row + o_m
-        # Past the document's end the log-sum-exp is infinite: nothing there sees these keys.
-        b_lse = tl.load(lse + p_row, mask=o_m < L, other=float("inf"))
-        b_delta = tl.load(delta + p_row, mask=o_m < L, other=0.0)
-        if not IS_PREFIX:
-            b_s = tl.where(tl.arange(0, BN)[:, None] - i_m <= tl.arange(0, BM)[None, :], b_s, float("-inf"))
-        b_p = tl.exp2(b_s * scale - b_lse[None, :])
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv)
-        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
-        b_dk = tl.dot(b_ds, b_q, b_dk)
-        if BK2:
-            b_dk2 = tl.dot(b_ds, b_q2, b_dk2)
+            i_h, i_m = i_kv * GROUP + i // steps, low + i % steps * BM
+        # The last tile ends with the document, and leaves out what the one before had.
+        at = tl.minimum(i_m, L - BM)
+        o_m = tl.arange(0, BM)
+        p_row = i_h.to(tl.int64) * T + row + at + o_m
+        b_do = do.load([i_h, row + at, 0]).reshape(BM, BV)
+        b_q, b_q2 = described_rows(q, q2, i_h, row + at, BM, BK, BK2)
+        b_dk, b_dk2, b_dv = add_rows(
+            b_dk, b_dk2, b_dv, b_k, b_k2, b_v, b_q, b_q2, b_do, lse + p_row, delta + p_row, o_m >= i_m - at,
+            at - first, scale, BN, BM, not IS_PREFIX, BK2,
+        )  # fmt: skip
+    steps = tl.cdiv(L - low, SHORT) if L < BM else 0
+    for i in range(0, steps * GROUP):
+        i_h, at = i_kv * GROUP + i // steps, low + i % steps * SHORT
+        o_m = at + tl.arange(0, SHORT)
+        m_m, o_t = o_m < L, (row + o_m).to(tl.int64)
+        p_row = i_h.to(tl.int64) * T + o_t
+        b_do = load_rows(do_rows, o_t, m_m, stride_do, i_h, stride_doh, V, BV, 0)[0]
+        b_q, b_q2 = load_rows(q_rows, o_t, m_m, stride_q, i_h, stride_qh, K, BK, BK2)
+        b_dk, b_dk2, b_dv = add_rows(
+            b_dk, b_dk2, b_dv, b_k, b_k2, b_v, b_q, b_q2, b_do, lse + p_row, delta + p_row, m_m,
+            at - first, scale, BN, SHORT, not IS_PREFIX, BK2,
+        )  # fmt: skip
     store_rows(dk, o_s * H + i_kv, m_n, b_dk * dscale, b_dk2 * dscale, K, BK, BK2)
     store_rows(dv, o_s * H + i_kv, m_n, b_dv, b_dv, V, BV, 0)
 
@@ -411,9 +464,10 @@ def _keys_backward(
         c, N, k, v = constants("dkv", q.device, K, V), len(cu_keys) - 1, readable(k), readable(v)
         blocks = S // c["BN"] + N
         _mla_prefill_dkv_kernel[(blocks * H_kv,)](
-            *(described(x, c["BM"], c[W]) for x, W in ((q, "BK"), (q, "BK2"), (do, "BV"))), k, v, cu_seqlens, cu_keys,
-            lse, delta, dk, dv, scale * LOG2_E, scale, T, N, H_kv, blocks,
-            k.stride(0), k.stride(1), v.stride(0), v.stride(1), GROUP=H // H_kv, IS_PREFIX=is_prefix, **c,
+            *(described(x, c["BM"], c[W]) for x, W in ((q, "BK"), (q, "BK2"), (do, "BV"))), q, do, k, v, cu_seqlens,
+            cu_keys, lse, delta, dk, dv, scale * LOG2_E, scale, T, N, H_kv, blocks,
+            q.stride(0), q.stride(1), do.stride(0), do.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            GROUP=H // H_kv, IS_PREFIX=is_prefix, **c,
         )  # fmt: skip
     return dk, dv
 
