@@ -67,9 +67,33 @@ def early_launch(x: Tensor) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True} if can else {"PDL": False}
 
 
-def kernel_op(name: str, *, mutates_args: str | Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+class KernelOp:
+    """An operator of torch, `op`, around a `body` that launches kernels.
+
+    In inference mode nobody but the body looks at a call, unless it is traced, and torch's way to the body takes longer
+    than a small kernel.
+    """
+
+    def __init__(self, op: Any, body: Callable[..., Any]) -> None:
+        self.op, self._body = op, body
+        self.register_fake, self.register_autograd = op.register_fake, op.register_autograd
+
+    def __call__(self, *args: Any) -> Any:
+        return self._body(*args) if torch.is_inference_mode_enabled() and not _is_traced() else self.op(*args)
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def kernel_op(name: str, *, mutates_args: str | Iterable[str] = ()) -> Callable[[Callable[..., Any]], KernelOp]:
     """`torch.library.custom_op` of a function that launches kernels, on the device of its first argument, a tensor."""
-    return lambda body: torch.library.custom_op(name, on_its_device(body), mutates_args=mutates_args)
+
+    def register(body: Callable[..., Any]) -> KernelOp:
+        body = on_its_device(body)
+        return KernelOp(torch.library.custom_op(name, body, mutates_args=mutates_args), body)
+
+    return register
 
 
 def on_its_device(body: Callable[..., Any]) -> Callable[..., Any]:

@@ -95,11 +95,11 @@ def test_weight_gradients_add_up_over_more_rows_than_programs(monkeypatch: pytes
 def test_the_operators_tell_the_compiler_the_truth() -> None:
     inputs = draw(T=3, D=8)
     leaves = [inputs[n].requires_grad_() for n in NAMES]
-    torch.library.opcheck(kernel._forward, (*leaves, inputs["eps"]))
+    torch.library.opcheck(kernel._forward.op, (*leaves, inputs["eps"]))
     rms = torch.ones(3, device=DEVICE)
     x, residual, weight = (leaf.detach() for leaf in leaves)
     for other in (None, residual):
-        torch.library.opcheck(rms_norm_kernel.rms_norm_backward, (x, weight, rms, residual, other))
+        torch.library.opcheck(rms_norm_kernel.rms_norm_backward.op, (x, weight, rms, residual, other))
 
 
 def test_float64_stays_float64_in_the_reference() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from dsv2.kernels import backend
 from tests.kernels.rooms import ROOMS, part
@@ -101,3 +102,21 @@ def test_no_room_keeps_a_tensor_between_calls(room: str) -> None:
     """First made while a CUDA graph is captured, it would be the graph's, and hold nothing before a replay."""
     cached = [f for f in vars(part(room, "kernel")).values() if hasattr(f, "cache_info")]
     assert not [f.__name__ for f in cached if "Tensor" in str(inspect.signature(f).return_annotation)]
+
+
+def test_an_operator_is_its_body_in_inference_mode_unless_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def body(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    twice, through_torch = backend.kernel_op("dsv2_tests::twice")(body), []
+    twice.register_fake(torch.empty_like)
+    op = twice.op
+    monkeypatch.setattr(twice, "op", lambda x: through_torch.append(x) or op(x))
+    with torch.inference_mode():
+        assert twice(torch.ones(2)).tolist() == [2, 2]
+        assert not through_torch
+        with FakeTensorMode() as mode:
+            twice(mode.from_tensor(torch.ones(2)))
+    assert len(through_torch) == 1
+    assert twice(torch.ones(2)).tolist() == [2, 2]
+    assert len(through_torch) == 2

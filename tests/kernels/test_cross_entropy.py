@@ -163,9 +163,9 @@ def test_arguments_that_do_not_match_are_errors(
 
 def test_the_operators_keep_their_promises_to_torch_compile() -> None:
     hidden, weight, targets = head(5)
-    torch.library.opcheck(kernel._loss, (hidden, weight, targets, IGNORED, True, True))
-    torch.library.opcheck(kernel._log_probs, (hidden, weight, targets.clamp(min=0)))
+    torch.library.opcheck(kernel._loss.op, (hidden, weight, targets, IGNORED, True, True))
+    torch.library.opcheck(kernel._log_probs.op, (hidden, weight, targets.clamp(min=0)))
     lses = torch.zeros(5, device=DEVICE)
     detached = (hidden.detach(), weight.detach(), targets.clamp(min=0), lses, lses)
-    torch.library.opcheck(kernel._log_probs_backward, (*detached, True, False))
-    torch.library.opcheck(kernel._scaled, (hidden.detach(), torch.ones((), device=DEVICE), torch.float16))
+    torch.library.opcheck(kernel._log_probs_backward.op, (*detached, True, False))
+    torch.library.opcheck(kernel._scaled.op, (hidden.detach(), torch.ones((), device=DEVICE), torch.float16))

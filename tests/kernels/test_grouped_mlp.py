@@ -110,7 +110,7 @@ def test_an_addend_may_be_given_when_all_else_is_launched(run) -> None:
 
 def test_the_operator_tells_the_compiler_the_truth() -> None:
     args = inputs()
-    torch.library.opcheck(kernel._rows, (args["x"], args["experts"], args["gate_up"], args["down"], None, None))
+    torch.library.opcheck(kernel._rows.op, (args["x"], args["experts"], args["gate_up"], args["down"], None, None))
 
 
 def off_by_one(x: Tensor) -> Tensor:

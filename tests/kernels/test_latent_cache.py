@@ -115,7 +115,7 @@ def test_the_operator_tells_the_compiler_the_truth() -> None:
     names = ("kv", "weight", "eps", "cos", "sin", "layout", "cache", "slots")
     inputs = draw([3, -1, 64])
     inputs["cache"].zero_()
-    torch.library.opcheck(kernel._write_latent, (*(inputs[n] for n in names), torch.zeros(3, 2, 8)))
+    torch.library.opcheck(kernel._write_latent.op, (*(inputs[n] for n in names), torch.zeros(3, 2, 8)))
 
 
 def test_queries_with_channels_apart_are_refused() -> None:

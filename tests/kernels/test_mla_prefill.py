@@ -206,7 +206,7 @@ def test_the_operator_keeps_the_promises_that_compilation_needs(with_prefix: boo
     for x in arguments:
         if isinstance(x, Tensor) and x.is_floating_point():
             x.requires_grad_()
-    torch.library.opcheck(file._forward, tuple(arguments))
+    torch.library.opcheck(file._forward.op, tuple(arguments))
 
 
 def test_launches_depend_on_no_length(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,15 +145,15 @@ def test_gradients_of_any_strides_are_taken() -> None:
 
 def test_the_operators_are_fit_for_compilation() -> None:
     experts = draw_experts(5)
-    torch.library.opcheck(kernel._sort, (experts, 9, None))
-    torch.library.opcheck(kernel._sort, (experts, 9, count_blocks(experts, 9)))
+    torch.library.opcheck(kernel._sort.op, (experts, 9, None))
+    torch.library.opcheck(kernel._sort.op, (experts, 9, count_blocks(experts, 9)))
     _, inverse, _ = reference.sort_rows(experts, 9)
     x, rows, gates = draw(5, 20).requires_grad_(), draw(15, 20).requires_grad_(), draw(5, 3).requires_grad_()
-    torch.library.opcheck(kernel._gather, (x, inverse, 3))
-    torch.library.opcheck(kernel._gather_backward, (rows.detach(), inverse, 3))
-    torch.library.opcheck(kernel._combine, (rows, inverse, gates, None))
-    torch.library.opcheck(kernel._combine, (rows, inverse, gates, x))
-    torch.library.opcheck(kernel._combine_backward, (x.detach(), rows.detach(), inverse, gates.detach()))
+    torch.library.opcheck(kernel._gather.op, (x, inverse, 3))
+    torch.library.opcheck(kernel._gather_backward.op, (rows.detach(), inverse, 3))
+    torch.library.opcheck(kernel._combine.op, (rows, inverse, gates, None))
+    torch.library.opcheck(kernel._combine.op, (rows, inverse, gates, x))
+    torch.library.opcheck(kernel._combine_backward.op, (x.detach(), rows.detach(), inverse, gates.detach()))
 
 
 # Refusals ---------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_tables_get_no_gradient() -> None:
 def test_the_operator_tells_the_compiler_the_truth() -> None:
     x, cos, sin = draw(T=2, H=2, R=4)
     for transposed in (False, True):
-        torch.library.opcheck(kernel._rotate, (x.requires_grad_(), cos, sin, "interleaved", transposed))
+        torch.library.opcheck(kernel._rotate.op, (x.requires_grad_(), cos, sin, "interleaved", transposed))
 
 
 def test_float64_stays_float64_in_the_reference() -> None:

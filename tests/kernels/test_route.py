@@ -244,10 +244,10 @@ def test_bf16_gradients_are_off_by_little_more_than_their_own_rounding() -> None
 
 def test_the_operators_are_fit_for_compilation() -> None:
     h, weight = (x.requires_grad_() for x in draw(T=5))
-    torch.library.opcheck(kernel._forward, (h, weight, 3, 4, 2, False, 2.0))
+    torch.library.opcheck(kernel._forward.op, (h, weight, 3, 4, 2, False, 2.0))
     scores, experts, gates, _ = (x.detach() for x in kernel.route(h, weight, experts_per_token=3))
-    torch.library.opcheck(kernel._backward, (scores, experts, gates, scores, None, False, 1.0))
-    torch.library.opcheck(kernel._backward, (scores, experts, gates, None, gates, True, 1.0))
+    torch.library.opcheck(kernel._backward.op, (scores, experts, gates, scores, None, False, 1.0))
+    torch.library.opcheck(kernel._backward.op, (scores, experts, gates, None, gates, True, 1.0))
 
 
 # Refusals ---------------------------------------------------------------------------------------------------------

@@ -309,5 +309,5 @@ def test_arguments_that_do_not_match_are_errors(changes: dict[str, Any], message
 def test_the_operator_keeps_its_promises_to_torch_compile() -> None:
     maker = Maker.seeded(0, DEVICE)
     limits = tuple(parameters(maker, ROWS[:3]).values())
-    torch.library.opcheck(kernel.sample, (normal(3, 40), *limits))
-    torch.library.opcheck(kernel.sample, (normal(3, 40), *limits, *penalties(maker, 3, 40).values()))
+    torch.library.opcheck(kernel.sample.op, (normal(3, 40), *limits))
+    torch.library.opcheck(kernel.sample.op, (normal(3, 40), *limits, *penalties(maker, 3, 40).values()))
