@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from dsv2.config.schema import require
+from dsv2.engine.tool_calls import ToolCalls
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -79,6 +80,8 @@ class StructuredOutputs:
     """The output is one of these. Kept as a tuple."""
     grammar: str | None = None
     """In llguidance's dialect of Lark; without `%json`."""
+    tool_calls: ToolCalls | None = None
+    """Calls with arguments for their schemas. Of the server's making: no field of a request."""
 
     def __post_init__(self) -> None:
         given = [name for name in _CHECKS if getattr(self, name) is not None]
@@ -147,7 +150,7 @@ class Grammars:
             raise ValueError("structured_outputs needs llguidance: pip install llguidance") from error
 
         limits = LLParserLimits(**_LIMITS)
-        matcher = LLMatcher(self._vocabulary, _grammar_of(structured), log_level=0, limits=limits)
+        matcher = LLMatcher(self._vocabulary, _grammar_of(structured, self._tokenizer), log_level=0, limits=limits)
         _check(structured, matcher)
         return matcher
 
@@ -247,22 +250,20 @@ def _refusal(structured: StructuredOutputs, reason: str) -> str:
     return f"structured_outputs.{structured.form}={reprlib.repr(getattr(structured, structured.form))}: {reason}"
 
 
-def _grammar_of(structured: StructuredOutputs) -> str:
+def _grammar_of(structured: StructuredOutputs, tokenizer: Tokenizer) -> str:
     from llguidance import LLMatcher
 
-    if structured.json is not None:
-        assert isinstance(structured.json, str)
-        return LLMatcher.grammar_from_json_schema(structured.json)
-    if structured.json_object is not None:
-        return LLMatcher.grammar_from_json_schema({"type": "object"})
+    if structured.json is not None or structured.json_object is not None:
+        schema: Any = structured.json or {"type": "object"}
+        return LLMatcher.grammar_from_json_schema(schema)
     if structured.regex is not None:
         return LLMatcher.grammar_from_regex(structured.regex)
     if structured.choice is not None:
         # Characters by number: none of them has a meaning.
         literals = ("".join(rf"\x{{{ord(char):x}}}" for char in text) for text in structured.choice)
         return LLMatcher.grammar_from_regex("|".join(literals))
-    assert structured.grammar is not None
-    return LLMatcher.grammar_from_lark(structured.grammar)
+    lark = structured.tool_calls.as_lark(tokenizer) if structured.tool_calls else str(structured.grammar)
+    return LLMatcher.grammar_from_lark(lark)
 
 
 def _on_deep_stack(call: Callable[[], T]) -> T:
@@ -310,8 +311,7 @@ def _schema(value: Any) -> str:
     tables = list(_tables(schema))
     branches = [table.get(key) for table in tables for key in ("anyOf", "oneOf")]
     _check_alternatives("json", sum(len(each) for each in branches if isinstance(each, list)))
-    multiples = [table.get("multipleOf") for table in tables]
-    _check_multiples([each for each in multiples if isinstance(each, (int, Decimal))])
+    _check_multiples([m for table in tables if isinstance(m := table.get("multipleOf"), (int, Decimal))])
     return text
 
 
@@ -385,10 +385,16 @@ def _grammar(value: Any) -> str:
     return text
 
 
+def _tool_calls(value: ToolCalls) -> ToolCalls:
+    _schema({"anyOf": [json.loads(schema) for _, schema in value.schemas]})  # limits are for all of them together
+    return value
+
+
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "json": _schema,
     "json_object": _json_object,
     "regex": _regex,
     "choice": _choice,
     "grammar": _grammar,
+    "tool_calls": _tool_calls,
 }
