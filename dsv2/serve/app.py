@@ -25,6 +25,7 @@ from dsv2.serve.loop import EngineFailed, EngineLoop, EngineStopped, QueueFull
 from dsv2.serve.metrics import Stats, registry_of
 from dsv2.serve.protocol import ApiError, Fields, Usage, bad_request
 from dsv2.serve.responses import Answer, ClientGone, EventStream, Writer, error_of, json_response, unless_gone
+from dsv2.text import template_of
 
 if TYPE_CHECKING:
     from dsv2.engine.core import Engine
@@ -77,7 +78,7 @@ class Api:
 
     async def _chat(self, fields: Fields) -> Response:
         with _refusing():
-            body = Chat.take(fields)
+            body = await _encode(fields, lambda: Chat.take(fields, template_of(self.tokenizer)))
             self._finish(fields)
             prompts = await _encode(fields, lambda: body.encode(self.tokenizer))
         return await self._answer(body, prompts, ChatWriter(body, self.tokenizer))
@@ -187,7 +188,7 @@ def _refusing() -> Iterator[None]:
 
 
 async def _encode(fields: Fields, work: Callable[[], T]) -> T:
-    """`work` on the text of a body, in a thread where it is long."""
+    """`work` on the text of a body, in a thread where that is long."""
     return await asyncio.to_thread(work) if fields.num_bytes > _LONG_BYTES else work()
 
 

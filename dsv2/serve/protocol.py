@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dsv2.serve.loop import Call
 
 # Fields of OpenAI's that change no answer.
-_WITHOUT_EFFECT = ("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store")
+_WITHOUT_EFFECT = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store")
 _SAMPLING = (
     "frequency_penalty",
     "ignore_eos",

@@ -7,7 +7,8 @@ from typing import Any
 
 from dsv2.serve.chat import take_messages
 from dsv2.serve.protocol import Fields
-from dsv2.text import DEEPSEEK_V2, Tokenizer, encode_chat
+from dsv2.serve.tools import Tools
+from dsv2.text import Tokenizer, encode_chat, template_of
 
 
 def tokenize(fields: Fields, tokenizer: Tokenizer, max_model_len: int) -> dict[str, Any]:
@@ -22,7 +23,9 @@ def tokenize(fields: Fields, tokenizer: Tokenizer, max_model_len: int) -> dict[s
     parse_special = fields.take("parse_special", bool, True)
     if prompt is None:
         adds_prompt = fields.take("add_generation_prompt", bool, True)
-        ids = encode_chat(tokenizer, take_messages(fields), add_generation_prompt=adds_prompt)
+        template = template_of(tokenizer)
+        messages, tools = take_messages(fields, template), Tools.take(fields, template)
+        ids = encode_chat(tokenizer, messages, add_generation_prompt=adds_prompt, tools=tools.functions)
     else:
         ids = tokenizer.encode(prompt, add_bos=add_bos, parse_special=parse_special)
     texts = [tokenizer.decode([i], skip_special_tokens=False) for i in ids] if wants_text else None
@@ -46,5 +49,5 @@ def tokenizer_info(tokenizer: Tokenizer, max_model_len: int) -> dict[str, Any]:
         "vocab_size": tokenizer.vocab_size,
         "model_max_length": max_model_len,
         # What chat requests are laid out with.
-        "chat_template": DEEPSEEK_V2 if tokenizer.chat_template is None else tokenizer.chat_template,
+        "chat_template": template_of(tokenizer),
     }
