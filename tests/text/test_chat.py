@@ -1,6 +1,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,7 @@ def official() -> Tokenizer:
 
 
 def rendered(messages: list, template: str = DEEPSEEK_V2, add_generation_prompt: bool = True) -> str:
-    names = {"bos_token": BOS, "eos_token": EOS}
+    names: dict[str, Any] = {"bos_token": BOS, "eos_token": EOS}
     return render(messages, template=template, add_generation_prompt=add_generation_prompt, **names)
 
 
