@@ -14,9 +14,12 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-_SUFFIXES = (".jsonl", ".md", ".py", ".txt")
+from dsv2.data.formats import LINES, SUFFIXES, lines, rows
+
 _ARTICLES = "SELECT chapter, section, article_no, article_text FROM articles WHERE law_id = ? ORDER BY id"
 _NOT_LIBRARY = {"__pycache__", "dist-packages", "idlelib", "lib2to3", "site-packages", "test", "tests"}
 
@@ -30,29 +33,36 @@ class Document:
     text: str
 
 
-def read_documents(paths: str | Path | Iterable[str | Path], source: str | None = None) -> Iterator[Document]:
+class Malformed(ValueError):
+    """A record that is damaged in itself, as opposed to a file that has another form than the caller thought."""
+
+
+def read_documents(
+    paths: str | Path | Iterable[str | Path], source: str | None = None, *, text_field: str = "text"
+) -> Iterator[Document]:
     """Read the files and folders at `paths`, in the order given; folders recursively, in sorted order.
 
-    `.txt`, `.md` and `.py` files are one document each, unchanged but for a byte order mark. `.jsonl` files
-    hold one object a line: `text`, and optionally `id` and `source`; blank lines are skipped. An id made from
-    a path does not depend on where the given file or folder lies: a moved corpus splits the same way.
+    `.txt`, `.md` and `.py` files are one document each, unchanged but for a byte order mark. `.jsonl`, `.jsonl.gz` and
+    `.jsonl.zst` files hold one object a line, `.parquet` files a row: `text`, and optionally `id` and `source`; blank
+    lines are skipped. An id made from a path does not depend on where the given file or folder lies: a moved
+    corpus splits the same way.
 
     Args:
-        source: name for all documents. Without it: the line's `source`, else the name of the path given.
+        source: name for all documents. Without it: the record's `source`, else the name of the path given.
+        text_field: the key or column of the text.
 
     Raises:
         ValueError: at the call, for a missing path, a folder without such files, or a file of another kind;
-            while reading, for text that is not UTF-8 and for a line that is not such an object. It names the
+            while reading, for text that is not UTF-8 and for a record that is not such an object. It names the
             file and the line.
     """
-    roots = [paths] if isinstance(paths, str | os.PathLike) else paths
-    files = [file for root in roots for file in _list_files(Path(root), source)]
-    return (document for file in files for document in _read_file(file))
+    files = list_files(paths, source)
+    return (document for file in files for document in read_file(file, text_field))
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
-    """`source` is what the caller asked for; `name` stands in where neither caller nor line has one."""
+class TextFile:
+    """`source` is what the caller asked for; `name` stands in where neither caller nor record has one."""
 
     path: Path
     id: str
@@ -60,55 +70,103 @@ class _File:
     source: str | None
 
 
-def _list_files(root: Path, source: str | None) -> list[_File]:
+def list_files(paths: str | Path | Iterable[str | Path], source: str | None = None) -> list[TextFile]:
+    """The files that `read_documents` would read, in its order. Raises ValueError as its call does."""
+    roots = [paths] if isinstance(paths, str | os.PathLike) else paths
+    return [file for root in roots for file in _list_files(Path(root), source)]
+
+
+def _list_files(root: Path, source: str | None) -> list[TextFile]:
     if not root.exists():
         raise ValueError(f"{root}: no such file or folder")
-    kinds = ", ".join(_SUFFIXES)
+    kinds = ", ".join(SUFFIXES)
     name = root.resolve().name
     if root.is_dir():
-        paths = sorted(path for path in root.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
+        paths = sorted(path for path in root.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
         if not paths:
             raise ValueError(f"{root}: expected files ending in {kinds} in this folder, found none")
-        return [_File(path, f"{name}/{path.relative_to(root).as_posix()}", name, source) for path in paths]
-    if root.suffix not in _SUFFIXES:
+        return [TextFile(path, f"{name}/{path.relative_to(root).as_posix()}", name, source) for path in paths]
+    if not root.name.endswith(SUFFIXES):
         raise ValueError(f"{root}: expected a folder or a file ending in {kinds}")
-    return [_File(root, name, root.stem, source)]
+    stem = root.name[: -len(next(suffix for suffix in SUFFIXES if root.name.endswith(suffix)))]
+    return [TextFile(root, name, stem, source)]
 
 
-def _read_file(file: _File) -> Iterator[Document]:
-    if file.path.suffix != ".jsonl":
-        yield Document(file.id, file.source or file.name, _decode(file.path.read_bytes(), str(file.path)))
-        return
-    with file.path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _parse_line(line, number, file)
+def read_file(
+    file: TextFile, text_field: str = "text", on_malformed: Callable[[str], object] | None = None
+) -> Iterator[Document]:
+    """The documents of one file; of `on_malformed` see `readable`. Raises ValueError as reading does there."""
+    return readable(_records(file, text_field), on_malformed)
 
 
-def _parse_line(line: bytes, number: int, file: _File) -> Document:
+def readable(
+    records: Iterable[Callable[[], Document]], on_malformed: Callable[[str], object] | None
+) -> Iterator[Document]:
+    """What the calls of `records` return.
+
+    `on_malformed` is told place and fault of each record that is not JSON, not UTF-8, or whose text is not a string,
+    and reading goes on; without it that is a ValueError. A record that lacks the text's field always is.
+    """
+    for read in records:
+        try:
+            document = read()
+        except Malformed as error:
+            if on_malformed is None:
+                raise
+            on_malformed(str(error))
+        else:
+            yield document
+
+
+def _records(file: TextFile, text_field: str) -> Iterator[Callable[[], Document]]:
+    if file.path.name.endswith(LINES):
+        for number, line in lines(file.path):
+            yield partial(_parse_line, line, number, file, text_field)
+    elif file.path.suffix == ".parquet":
+        for number, row in enumerate(rows(file.path, (text_field, "id", "source"), text_field), start=1):
+            yield partial(document_of, row, f"{file.path}:{number}", f"{file.id}:{number}", file, text_field)
+    else:
+        yield partial(_whole_file, file)
+
+
+def _whole_file(file: TextFile) -> Document:
+    return Document(file.id, file.source or file.name, _decode(file.path.read_bytes(), str(file.path)))
+
+
+def _parse_line(line: bytes, number: int, file: TextFile, text_field: str) -> Document:
     where = f"{file.path}:{number}"
     text = _decode(line, where)
     try:
         fields = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
-        raise ValueError(f"{where}: expected an object with a string 'text', got {text[:80]!r}")
-    document_id, source = fields.get("id", f"{file.id}:{number}"), fields.get("source", file.name)
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"{where}: not JSON: {error}") from None
+    return document_of(fields, where, f"{file.id}:{number}", file, text_field)
+
+
+def document_of(fields: Any, where: str, default_id: str, file: TextFile, text_field: str = "text") -> Document:
+    """A document of a record. Raises Malformed, and ValueError for one without `text_field`, which name `where`."""
+    expected = f"{where}: expected an object with a string {text_field!r}"
+    if not isinstance(fields, dict):
+        raise Malformed(f"{expected}, got {str(fields)[:80]!r}")
+    if text_field not in fields:
+        raise ValueError(f"{expected}, got the keys {', '.join(map(repr, fields))[:80] or 'none'}")
+    text, document_id, source = fields[text_field], fields.get("id", default_id), fields.get("source", file.name)
+    if not isinstance(text, str):
+        raise Malformed(f"{expected}, got {str(text)[:80]!r}")
     if not isinstance(document_id, str | int) or not isinstance(source, str):
-        raise ValueError(f"{where}: expected string 'id' and 'source', got {document_id!r} and {source!r}")
+        raise Malformed(f"{where}: expected string 'id' and 'source', got {document_id!r} and {source!r}")
     try:
-        fields["text"].encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: 'text' has half a surrogate pair at character {error.start}") from None
-    return Document(str(document_id), file.source or source, fields["text"])
+        raise Malformed(f"{where}: {text_field!r} has half a surrogate pair at character {error.start}") from None
+    return Document(str(document_id), file.source or source, text)
 
 
 def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
+        raise Malformed(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def corpus(name: str, max_bytes: int) -> list[Document]:

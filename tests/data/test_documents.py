@@ -5,6 +5,7 @@ This room does not test tokenising or storage.
 """
 
 import dataclasses
+import gzip
 import importlib.util
 import inspect
 import json
@@ -13,11 +14,14 @@ import sqlite3
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from dsv2.data import Document, corpus, read_documents, split_held_out
+from dsv2.data.documents import list_files, read_file
 
 _settings = settings(derandomize=True, database=None, max_examples=60, deadline=None)
 
@@ -123,6 +127,57 @@ def test_unreadable_content_is_refused_with_file_and_place(tmp_path, name, data,
     documents = read_documents([_write(tmp_path / name, data)])
     with pytest.raises(ValueError, match=message):
         list(documents)
+
+
+# Compressed lines and Parquet
+
+_LINES = b'{"text": "one", "id": "a"}\n{"text": "two", "source": "s"}\n'
+_COMPRESSED = {"jsonl.gz": gzip.compress(_LINES), "jsonl.zst": bytes(pa.compress(_LINES, "zstd"))}
+
+
+@pytest.mark.parametrize("suffix", _COMPRESSED)
+def test_compressed_lines_read_as_plain_ones_do(tmp_path, suffix):
+    found = list(read_documents([_write(tmp_path / f"web.{suffix}", _COMPRESSED[suffix])]))
+    assert found == [Document("a", "web", "one"), Document(f"web.{suffix}:2", "s", "two")]
+
+
+@pytest.mark.parametrize("suffix", _COMPRESSED)
+def test_truncated_compressed_file_is_refused_by_name(tmp_path, suffix):
+    path = _write(tmp_path / f"web.{suffix}", _COMPRESSED[suffix][:-9])
+    with pytest.raises(ValueError, match=rf"web\.{suffix}: damaged after line"):
+        list(read_documents([path]))
+
+
+def test_parquet_rows_are_documents(tmp_path):
+    table = pa.table({"body": ["one", "two"], "id": [7, 8], "url": ["x", "y"]})
+    parquet.write_table(table, tmp_path / "web.parquet")
+    found = list(read_documents(tmp_path / "web.parquet", text_field="body"))
+    assert found == [Document("7", "web", "one"), Document("8", "web", "two")]
+
+
+def test_parquet_without_the_column_is_refused_with_its_columns(tmp_path):
+    parquet.write_table(pa.table({"body": ["one"]}), tmp_path / "web.parquet")
+    with pytest.raises(ValueError, match=r"web\.parquet: no column 'text'; it has body"):
+        list(read_documents(tmp_path))
+
+
+def test_damaged_parquet_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"web\.parquet: "):
+        list(read_documents(_write(tmp_path / "web.parquet", b"PAR1 and nothing more")))
+
+
+def test_malformed_lines_are_told_and_passed_over(tmp_path):
+    lines = b'{"text": "a"}\n{"text": \n{"text": "\xff"}\n{"text": null}\n[]\n{"text": "b"}\n'
+    (file,) = list_files(_write(tmp_path / "web.jsonl", lines))
+    faults: list[str] = []
+    assert [document.text for document in read_file(file, on_malformed=faults.append)] == ["a", "b"]
+    assert [fault.split(":")[1] for fault in faults] == ["2", "3", "4", "5"]
+
+
+def test_missing_field_is_an_error_even_where_malformed_lines_are_passed_over(tmp_path):
+    (file,) = list_files(_write(tmp_path / "web.jsonl", b'{"txt": "a"}\n'))
+    with pytest.raises(ValueError, match=r"web\.jsonl:1: expected .* 'text', got the keys 'txt'"):
+        list(read_file(file, on_malformed=lambda _: None))
 
 
 # Corpora inside packages
