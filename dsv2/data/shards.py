@@ -131,12 +131,13 @@ def write_shards(
     if shard_tokens < 1 or batch_documents < 1:
         raise ValueError(f"expected at least 1, got {shard_tokens=} and {batch_documents=}")
     with replacing_directory(Path(out_dir).resolve()) as folder:
-        writer = _Writer(folder, tokenizer, shard_tokens)
+        writer = ShardWriter(folder, tokenizer, shard_tokens)
         stream = iter(documents)
         while batch := list(itertools.islice(stream, batch_documents)):
             encoded = tokenizer.encode_batch([document.text for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
-                writer.add(document, ids)
+                tokens = framed(document.id, ids, tokenizer)
+                writer.add(document.source, len(document.text.encode()), tokens)
             if progress is not None:
                 progress(writer.num_documents)
         if not writer.num_documents:
@@ -144,8 +145,19 @@ def write_shards(
         return writer.finish()
 
 
-class _Writer:
-    """Stores documents under `folder`; only the open shard and the document table are held in memory."""
+def framed(document_id: str, ids: Sequence[int], tokenizer: Tokenizer) -> np.ndarray:
+    """`[bos] ids [eos]`, int64. Raises ValueError, naming the document, for ids outside the vocabulary."""
+    tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype=np.int64)
+    if tokens.min() < 0 or tokens.max() >= tokenizer.vocab_size:
+        raise ValueError(
+            f"document {document_id!r}: token ids from {tokens.min()} to {tokens.max()}; "
+            f"expected 0 to {tokenizer.vocab_size - 1}"
+        )
+    return tokens
+
+
+class ShardWriter:
+    """Stores documents in the folder given; only the open shard and the document table are held in memory."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int) -> None:
         self._folder = folder
@@ -163,19 +175,14 @@ class _Writer:
     def num_documents(self) -> int:
         return len(self._fields) // len(_FIELDS)
 
-    def add(self, document: Document, ids: Sequence[int]) -> None:
-        tokens = np.array([self._tokenizer.bos_id, *ids, self._tokenizer.eos_id], dtype=np.int64)
-        if tokens.min() < 0 or tokens.max() >= self._tokenizer.vocab_size:
-            raise ValueError(
-                f"document {document.id!r}: token ids from {tokens.min()} to {tokens.max()}; "
-                f"expected 0 to {self._tokenizer.vocab_size - 1}"
-            )
+    def add(self, source: str, num_bytes: int, tokens: np.ndarray) -> None:
+        """Store a document: the UTF-8 bytes of its text, its tokens with bos and eos as `framed` makes them."""
         data = tokens.astype(_DTYPES[self._dtype]).tobytes()
         if self._open_shard and len(self._open_shard) + len(data) > self._shard_bytes:
             self._close_shard()
         self._open_shard += data
-        source_idx = self._sources.setdefault(document.source, len(self._sources))
-        self._fields.extend((self._num_tokens, len(tokens), len(document.text.encode()), source_idx))
+        source_idx = self._sources.setdefault(source, len(self._sources))
+        self._fields.extend((self._num_tokens, len(tokens), num_bytes, source_idx))
         self._num_tokens += len(tokens)
 
     def _close_shard(self) -> None:
@@ -186,7 +193,8 @@ class _Writer:
 
     def finish(self) -> Manifest:
         """Write the open shard, the document table and, last, the manifest."""
-        self._close_shard()
+        if self._open_shard:
+            self._close_shard()
         table = np.empty(self.num_documents, _DOCUMENT)
         for i, name in enumerate(_FIELDS):
             table[name] = self._fields[i :: len(_FIELDS)]
@@ -276,12 +284,14 @@ class TokenShards:
             shard_idx += 1
         return out
 
+    def document(self, document_idx: int) -> tuple[str, int, np.ndarray]:
+        """One document: (name of its source, UTF-8 bytes of its text, tokens [n] int64 with bos and eos)."""
+        start, num_tokens, num_bytes, source_idx = self._documents[document_idx].item()
+        return self.manifest.sources[source_idx].name, num_bytes, self.tokens(start, start + num_tokens)
+
     def documents(self) -> Iterator[tuple[str, int, np.ndarray]]:
-        """Each document: (name of its source, UTF-8 bytes of its text, tokens [n] int64 with bos and eos)."""
-        for document in self._documents:
-            start, num_tokens, num_bytes, source_idx = document.item()
-            source = self.manifest.sources[source_idx].name
-            yield source, num_bytes, self.tokens(start, start + num_tokens)
+        """Each document, as `document` gives it."""
+        return map(self.document, range(len(self._documents)))
 
     def check_tokenizer(self, fingerprint: str) -> None:
         """Raises ValueError when the shards were made with another tokenizer: ids would mean other text."""
