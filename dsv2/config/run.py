@@ -110,6 +110,11 @@ class PretrainConfig:
 
 def load_pretrain(recipe: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
     """Read a recipe. Raises ValueError for a missing file, invalid TOML, and unknown, missing or mistyped keys."""
+    return pretrain_from_dict(read_recipe(recipe, overrides), str(recipe))
+
+
+def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tables of a TOML file with `overrides` laid over them. Raises ValueError for a missing file and bad TOML."""
     path = Path(recipe)
     if not path.is_file():
         raise ValueError(f"no recipe at {path}")
@@ -119,7 +124,7 @@ def load_pretrain(recipe: str | Path, overrides: Sequence[str] = ()) -> Pretrain
         raise ValueError(f"{path} is not valid TOML: {error}") from error
     for text in overrides:
         data = schema.merge(data, parse_override(text))
-    return pretrain_from_dict(data, str(path))
+    return data
 
 
 def pretrain_from_dict(data: dict[str, Any], where: str = "recipe") -> PretrainConfig:

@@ -70,7 +70,7 @@ def to_dict(obj: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             value = to_dict(value)
         elif isinstance(value, tuple):
-            value = list(value)
+            value = [to_dict(v) if dataclasses.is_dataclass(v) else v for v in value]
         if value is not None:
             out[f.name] = value
     return out

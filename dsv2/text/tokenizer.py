@@ -125,26 +125,27 @@ class Tokenizer:
         return cls(_read(file), source=str(file), **_read_settings(path))
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int, control_tokens: Sequence[str] = ()) -> "Tokenizer":
         """Trains byte-level BPE with DeepSeek's pre-tokenizer; the same texts give the same file.
 
-        Ids: 256 bytes, merges, then bos and eos last, as in the official vocabulary. Texts that hold too few
-        distinct pairs for `vocab_size` give a smaller vocabulary. Raises ValueError for vocab_size < 258, no
-        text, or a text that is not a string.
+        Ids: 256 bytes, merges, then bos, eos and `control_tokens` last, as in the official vocabulary. Texts that
+        hold too few distinct pairs for `vocab_size` give a smaller vocabulary. Raises ValueError for a vocab_size
+        below 258 and the control tokens, no text, or a text that is not a string.
         """
-        if vocab_size < 258:
-            raise ValueError(f"vocab_size is {vocab_size}, expected at least 258 (256 bytes, bos and eos)")
+        special_tokens = [BOS_TOKEN, EOS_TOKEN, *control_tokens]
+        if vocab_size < (least := 256 + len(special_tokens)):
+            raise ValueError(f"vocab_size is {vocab_size}, expected at least {least} (256 bytes, bos and eos)")
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = _deepseek_pre_tokenizer()
         inner.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - 2,
+            vocab_size=vocab_size - len(special_tokens),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             special_tokens=[],
             show_progress=False,
         )
         inner.train_from_iterator(_training_texts(texts), trainer)
-        inner.add_special_tokens([BOS_TOKEN, EOS_TOKEN])
+        inner.add_special_tokens(special_tokens)
         return cls(inner.to_str(), source="trained tokenizer")
 
     def save(self, directory: str | Path) -> None:
