@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from dsv2 import __version__
 from dsv2.bench.cli import app as bench_app
@@ -109,12 +109,14 @@ def data_tokenizer(
     inputs: Annotated[list[Path], typer.Argument(help="Text files, JSONL files or folders.")],
     out: Annotated[Path, typer.Option(help="Directory for tokenizer.json.")],
     vocab_size: Annotated[int, typer.Option(help="Ids in all, special tokens included.")] = 32768,
+    fim: Annotated[bool, typer.Option("--fim", help="Add the control tokens for filling in the middle.")] = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on the given text."""
-    from dsv2.data import read_documents
+    from dsv2.data import FIM_TOKENS, read_documents
     from dsv2.text import Tokenizer
 
-    tokenizer = Tokenizer.train((d.text for d in read_documents(inputs)), vocab_size)
+    control_tokens = FIM_TOKENS if fim else ()
+    tokenizer = Tokenizer.train((d.text for d in read_documents(inputs)), vocab_size, control_tokens)
     tokenizer.save(out)
     console.print(f"{tokenizer.vocab_size} ids in {out}", highlight=False)
 
@@ -150,6 +152,43 @@ def data_shards(
         console.print(
             f"{directory}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens", highlight=False
         )
+
+
+@data_app.command("prepare")
+def data_prepare(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file: tokenizer, [[sources]], [filters], [dedup], [mixture].")],
+    out: Annotated[Path, typer.Option(help="Directory for train/, held_out/ and the report; must not exist.")],
+    work: Annotated[Path | None, typer.Option(help="Directory for finished parts; default: OUT.parts.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; they do not change the result.")] = 1,
+    task: Annotated[str | None, typer.Option(help="I/N: make only the I-th of N shares of the parts.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, repeatable.")] = None,
+) -> None:
+    """Filter, deduplicate, mix and tokenise sources as a recipe says; the same command resumes."""
+    from dsv2.config.data import load_prepare
+    from dsv2.data import Preparation, prepare
+    from dsv2.data.prepare import parse_task
+    from dsv2.report import data_sections, write_report
+    from dsv2.text import Tokenizer
+
+    config = load_prepare(recipe, overrides or [])
+    preparation = Preparation(config, Tokenizer.load(config.tokenizer), work or out.with_name(f"{out.name}.parts"))
+    if task is not None:
+        preparation.run_share(*parse_task(task))
+        console.print(f"share {task} is in {preparation.work}", highlight=False)
+        return
+    with Progress(console=console, transient=True) as bar:
+        rows: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in rows:
+                rows[what] = bar.add_task(what)
+            bar.update(rows[what], completed=done, total=total)
+
+        report = prepare(preparation, out, workers=workers, progress=show)
+    write_report(out / "report.html", f"Data: {recipe.stem}", data_sections(report))
+    train = report["train"]
+    console.print(f"{out}: {train['documents']:,} documents, {train['tokens']:,} tokens to train on", highlight=False)
+    console.print(f"what was dropped and why: {out / 'report.html'}", highlight=False)
 
 
 @app.command()
@@ -320,12 +359,13 @@ def convert(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    run: Annotated[Path, typer.Argument(help="A run directory, or one of `data prepare`.")],
     out: Annotated[Path | None, typer.Option(help="Default: report.html in the run directory.")] = None,
 ) -> None:
-    """Write a run's report.html: loss, held-out bits per byte, expert load."""
-    from dsv2.report import run_sections, write_report
+    """Write report.html of a run (loss, held-out bits per byte, expert load) or of prepared data."""
+    from dsv2.report import data_sections, run_sections, write_report
 
-    target = out or run / "report.html"
-    write_report(target, f"Run {run.resolve().name}", run_sections(run))
+    target, data = out or run / "report.html", run / "report.json"
+    sections = data_sections(json.loads(data.read_text(encoding="utf-8"))) if data.is_file() else run_sections(run)
+    write_report(target, f"Run {run.resolve().name}", sections)
     console.print(f"wrote {target}", highlight=False)

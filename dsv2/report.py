@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,73 @@ def run_sections(run_dir: Path) -> list[Section]:
         )
         sections.append(Section("Expert load", note, markup=_load_plot(steps)))
     return sections
+
+
+def data_sections(report: dict[str, Any]) -> list[Section]:
+    """What `dsv2 data prepare` kept, dropped and why, and how the kept text is mixed; `report` is its report.json."""
+    outcomes = report["outcomes"]
+    num_read = sum(row["documents"] for row in outcomes)
+    kept = [row for row in outcomes if row["outcome"] == "kept"]
+    num_kept = sum(row["documents"] for row in kept)
+    train, held_out = report["train"], report["held_out"]
+    note = (
+        f"Of {num_read:,} documents read, {num_kept:,} passed filters and deduplication. {held_out['documents']:,} "
+        f"of them are held out; the rest is used {train['documents']:,} times, {train['tokens']:,} tokens to train on."
+    )
+    totals = Counter({row["outcome"]: 0 for row in outcomes})
+    for row in outcomes:
+        totals[row["outcome"]] += row["documents"]
+    names = [name.replace("_", " ") for name in totals]
+    header = ("outcome", "source", "language", "documents", "MB")
+    rows = [
+        (r["outcome"], r["source"], r["language"], f"{r['documents']:,}", f"{r['bytes'] / 1e6:,.2f}") for r in outcomes
+    ]
+    plot = bar_plot(names, list(totals.values()), "documents")
+    shares = report["mixture"]
+    return [
+        Section("What became of the documents", note, header, rows, plot),
+        _mixture_section(shares),
+        Section(
+            "Lengths of kept documents", "Duplicates are not counted.", markup=_lengths_plot(report["document_tokens"])
+        ),
+        _examples_section(report["examples"]),
+    ]
+
+
+def _mixture_section(shares: Sequence[dict[str, Any]]) -> Section:
+    total = sum(s["tokens"] for s in shares)
+    header = ("source", "language", "tokens available", "epochs", "tokens used", "share")
+    rows = [
+        (
+            s["source"],
+            s["language"],
+            f"{s['available_tokens']:,}",
+            f"{s['epochs']:.2f}",
+            f"{s['tokens']:,}",
+            f"{s['tokens'] / max(total, 1):.1%}",
+        )
+        for s in shares
+    ]
+    labels = [_label(f"{s['source']}, {s['language']}") for s in shares]
+    plot = bar_plot(labels, [s["tokens"] for s in shares], "tokens used")
+    return Section("Mixture", "Tokens to train on, held-out documents not counted.", header, rows, plot)
+
+
+def _examples_section(examples: dict[str, list[dict[str, str]]]) -> Section:
+    rows = [(reason, e["id"], e["text"]) for reason, found in examples.items() for e in found]
+    return Section(
+        "Examples of what the filters dropped", "The beginning of each.", ("reason", "document", "text"), rows
+    )
+
+
+def _lengths_plot(lengths: Sequence[dict[str, int]]) -> str:
+    figure = _figure(2.8)
+    axes = figure.subplots()
+    axes.bar([f"< {row['below']:,}" for row in lengths], [row["documents"] for row in lengths], color="#3b6fb6")
+    axes.tick_params(axis="x", rotation=40)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("documents")
+    return _svg(figure)
 
 
 def samples_section(samples: Sequence[dict[str, str]]) -> Section:

@@ -135,6 +135,7 @@ MISTAKES = {
         ],
         "must be another directory than --out",
     ),
+    "missing data recipe": (["data", "prepare", "nowhere.toml", "--out", "{tmp}/r"], "no recipe at nowhere.toml"),
     "unknown stage": (["demo", "--out", "{tmp}/d", "--stage", "train"], "no stage 'train'"),
 }
 
@@ -198,6 +199,25 @@ def test_shards_are_not_begun_where_the_held_out_ones_cannot_go(corpus, text, tm
     assert result.returncode == 2
     assert "held_out exists already" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["held_out"]
+
+
+def test_a_recipe_becomes_shards_and_a_report_of_what_was_dropped(corpus, tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "good.py").write_text("def one():\n    return first + second\n", encoding="utf-8")
+    (tmp_path / "code" / "bad.py").write_text("x = " + "y + " * 40 + "z\n", encoding="utf-8")
+    (tmp_path / "data.toml").write_text(
+        f'tokenizer = "{corpus / "tokenizer"}"\n[[sources]]\nname = "code"\npaths = ["{tmp_path / "code"}"]\n'
+    )
+    arguments = ["data", "prepare", str(tmp_path / "data.toml"), "--out", str(tmp_path / "out")]
+    shared = run(*arguments, "--task", "0/1")
+    assert shared.stdout == f"share 0/1 is in {tmp_path / 'out.parts'}\n"
+    assert not (tmp_path / "out").exists()
+    made = run(*arguments)
+    train = TokenShards.open(tmp_path / "out" / "train")
+    assert f"1 documents, {train.num_tokens:,} tokens to train on" in made.stdout
+    run("report", str(tmp_path / "out"), "--out", str(tmp_path / "again.html"))
+    for page in (tmp_path / "out" / "report.html", tmp_path / "again.html"):
+        assert "<td>long_lines</td>" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("sampling", [[], ["--temperature", "1.0", "--top-k", "50", "--top-p", "0.9", "--seed", "3"]])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv2.report import Section, bar_plot, run_sections, samples_section, write_report
+from dsv2.report import Section, bar_plot, data_sections, run_sections, samples_section, write_report
 
 STEP = {"tokens": 100, "loss": 2.0, "lr": 0.1, "load_max_violation": 0.5, "expert_load": [[0.5, 0.5], [0.7, 0.3]]}
 
@@ -76,6 +76,30 @@ def test_the_page_holds_titles_tables_and_plots(tmp_path):
     assert "A note." in page
     assert page.count("<svg") == 2
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+DATA = {
+    "outcomes": [
+        {"source": "web", "language": "english", "outcome": "too_short", "documents": 1200, "bytes": 5_000_000},
+        {"source": "web", "language": "english", "outcome": "kept", "documents": 3400, "bytes": 90_000_000},
+    ],
+    "mixture": [
+        {"source": "web", "language": "english", "available_tokens": 1000, "tokens": 2000, "epochs": 2.0},
+    ],
+    "train": {"documents": 6700, "tokens": 2000},
+    "held_out": {"documents": 50, "tokens": 30},
+    "document_tokens": [{"below": 64, "documents": 3000}, {"below": 128, "documents": 400}],
+    "examples": {"too_short": [{"id": "a<b", "text": "<script>"}]},
+}
+
+
+def test_prepared_data_shows_outcomes_mixture_lengths_and_examples(tmp_path):
+    write_report(tmp_path / "report.html", "Data", data_sections(DATA))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for text in ("Of 4,600 documents read, 3,400 passed", "<td>too_short</td>", "<td>2.00</td>", "&lt; 128", "a&lt;b"):
+        assert text in page
+    assert page.count("<svg") == 3
+    assert "<script>" not in page
 
 
 def test_a_source_that_appears_later_is_drawn_from_then_on(tmp_path):

@@ -203,6 +203,13 @@ def test_trained_vocabulary_ends_with_bos_and_eos(small: Tokenizer) -> None:
     assert (small.vocab_size, small.bos_id, small.eos_id) == (VOCAB_SIZE, VOCAB_SIZE - 2, VOCAB_SIZE - 1)
 
 
+def test_control_tokens_of_training_come_last_and_spelled_stay_text() -> None:
+    trained = Tokenizer.train(TEXTS, VOCAB_SIZE, ("<|a|>", "<|b|>"))
+    assert [trained.control_tokens[token] for token in ("<|a|>", "<|b|>")] == [VOCAB_SIZE - 2, VOCAB_SIZE - 1]
+    assert (trained.bos_id, trained.eos_id) == (VOCAB_SIZE - 4, VOCAB_SIZE - 3)
+    assert VOCAB_SIZE - 1 not in trained.encode("<|b|>")
+
+
 def test_trained_vocabulary_has_every_byte(small: Tokenizer) -> None:
     assert {small.token_bytes(i) for i in range(256)} == {bytes([i]) for i in range(256)}
 
