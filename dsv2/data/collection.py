@@ -36,7 +36,7 @@ class Collection:
         self._config, self._tokenizer = preparation.config, preparation.tokenizer
         self._names = [source.name for source in self._config.sources]
         self._part_sources = [self._names.index(part.source.name) for part in preparation.parts]
-        self._parts = [FinishedPart.open(preparation.folder(p), preparation.row_dtype) for p in preparation.parts]
+        self._parts = [FinishedPart.open(folder, preparation.row_dtype) for folder in preparation.folders]
         self._sources = np.repeat(self._part_sources, [len(part.rows) for part in self._parts])
         self._languages, self._tokens, self._bytes, digests = (
             np.concatenate([part.rows[name] for part in self._parts])

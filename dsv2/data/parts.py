@@ -101,8 +101,9 @@ class Preparation:
         self.row_dtype = row_dtype(dedup.bands if dedup.method == "minhash" else 0)
         for source in config.sources:
             self._tokenizer_of(source)
+        self.folders = [self._folder(part) for part in self.parts]
 
-    def folder(self, part: Part) -> Path:
+    def _folder(self, part: Part) -> Path:
         """Where the part is or will be."""
         filters = asdict(self.config.filters) | {"benchmarks": hashlib.sha256(self._benchmarks.data).hexdigest()}
         dedup = asdict(self.config.dedup) | {"seed": self.config.seed}
@@ -112,9 +113,10 @@ class Preparation:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self.work / f"{part.source.name}-{part.index:05d}-{digest[:16]}"
 
-    def missing(self) -> list[Part]:
-        """The parts that are not done."""
-        return [part for part in self.parts if not self.folder(part).exists()]
+    def missing(self) -> list[Path]:
+        """The folders of the parts that are not done."""
+        done = {path.name for path in self.work.iterdir()} if self.work.exists() else set()
+        return [folder for folder in self.folders if folder.name not in done]
 
     def run_share(self, rank: int = 0, world_size: int = 1, on_part: Callable[[], object] = lambda: None) -> None:
         """Make those of every `world_size`-th part, from the `rank`-th, that are not done.
@@ -122,10 +124,11 @@ class Preparation:
         Raises ValueError for records that cannot be read, as `config.filters.malformed` says; names file and line.
         """
         parent = multiprocessing.parent_process()
-        for part in self.parts[rank::world_size]:
+        shares = zip(self.parts[rank::world_size], self.folders[rank::world_size], strict=True)
+        for part, folder in shares:
             if parent is not None and not parent.is_alive():
                 return  # nobody waits any more
-            if not (folder := self.folder(part)).exists():
+            if not folder.exists():
                 with replacing_directory(folder) as unfinished:
                     self._make(part, unfinished)
             on_part()

@@ -6,6 +6,7 @@ The result does not depend on the number of processes or machines. This room doe
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -58,16 +59,12 @@ def make_parts(preparation: Preparation, workers: int, progress: Progress) -> No
     """Make the parts that are not done. Raises what a process raised, OSError where one was killed."""
     total = len(preparation.parts)
     preparation.work.mkdir(parents=True, exist_ok=True)
-
-    def tell() -> None:
-        progress("parts", total - len(preparation.missing()), total)
-
-    tell()
     workers = min(workers, len(preparation.missing()))
     if workers == 1:
-        preparation.run_share(on_part=tell)
+        done = itertools.count(1)
+        preparation.run_share(on_part=lambda: progress("parts", next(done), total))
     elif workers:
-        _run_processes(preparation, workers, tell)
+        _run_processes(preparation, workers, lambda: progress("parts", total - len(preparation.missing()), total))
 
 
 def _run_processes(preparation: Preparation, workers: int, tell: Callable[[], object]) -> None:

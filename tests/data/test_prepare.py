@@ -234,7 +234,7 @@ def test_a_killed_run_leaves_nothing_half_written_and_goes_on(made, text, tokeni
     assert len(left_over) == 1
 
     preparation = Preparation(recipe(text), tokenizer, tmp_path / "parts")
-    done = [preparation.folder(p) for p in preparation.parts if preparation.folder(p).exists()]
+    done = [folder for folder in preparation.folders if folder.exists()]
     assert len(done) == (1 if moment == "part" else len(preparation.parts))
     before = [folder.stat().st_ino for folder in done]
     prepare(preparation, tmp_path / "out")
@@ -394,7 +394,7 @@ def test_nothing_left_is_refused_and_nothing_written(text, tokenizer, tmp_path):
 def test_truncated_part_is_refused_by_name(text, tokenizer, tmp_path, name):
     preparation = Preparation(recipe(text), tokenizer, tmp_path / "parts")
     preparation.run_share()
-    path = preparation.folder(preparation.parts[0]) / name
+    path = preparation.folders[0] / name
     os.truncate(path, path.stat().st_size - 2)
     with pytest.raises(ValueError, match=str(path)):
         prepare(preparation, tmp_path / "out")
