@@ -153,6 +153,11 @@ class MoEConfig:
         """The shared experts are stored and computed as one SwiGLU of this width."""
         return self.num_shared_experts * self.expert_intermediate_size
 
+    @property
+    def device_limit(self) -> tuple[int, int]:
+        """Groups of experts, one a device, and how many of them a token may reach (section 2.2.2); else one of one."""
+        return (self.num_groups, self.groups_per_token) if self.router == "group_limited_greedy" else (1, 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:

@@ -61,7 +61,11 @@ class TrainConfig:
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     expert_balance_alpha: float = 0.003
-    """alpha_1 of equation 23."""
+    """alpha_1 of equation 23; the other two matter where experts are limited to devices (section 2.2.2)."""
+    device_balance_alpha: float = 0.05
+    """alpha_2 of equation 26."""
+    communication_balance_alpha: float = 0.02
+    """alpha_3 of equation 29."""
     seed: int = 0
     device: str = "auto"
     log_every: int = 10
@@ -75,9 +79,12 @@ class TrainConfig:
         for name in _POSITIVE:
             value = getattr(self, name)
             require(value > 0, f"train.{name}={value} must be positive")
-        for name in ("warmup_steps", "weight_decay", "expert_balance_alpha", "seed"):
+        for name in ("warmup_steps", "weight_decay", "seed"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}={value} must not be negative")
+        for name in ("expert_balance_alpha", "device_balance_alpha", "communication_balance_alpha"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"train.{name}={value} must be finite and not negative")
         for name in ("lr_peak", "decay_factor", "adam_eps"):
             value = getattr(self, name)
             # With adam_eps 0 an expert that no token chose yet would become 0/0.
@@ -94,6 +101,11 @@ class TrainConfig:
             list(self.decay_at) == sorted(self.decay_at) and all(0 < d <= 1 for d in self.decay_at),
             f"train.decay_at={list(self.decay_at)} must rise within (0, 1]",
         )
+
+    @property
+    def balance_alphas(self) -> tuple[float, float, float]:
+        """Weights of what `model.balance.balance_losses` gives."""
+        return self.expert_balance_alpha, self.device_balance_alpha, self.communication_balance_alpha
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

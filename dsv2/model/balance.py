@@ -1,4 +1,7 @@
-"""Load balance: the expert-level loss (DeepSeek-V2 section 2.2.3, equations 23 to 25) and load statistics."""
+"""Load balance: the three losses of DeepSeek-V2 section 2.2.3 (equations 23 to 31), and load statistics.
+
+All of them read what the router decided, before any row is dropped. The alphas are the recipe's.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,55 @@ from torch import Tensor
 from dsv2.model.context import Routing
 
 
-def expert_balance_loss(routing: Routing, num_sequences: int) -> Tensor:
-    """sum_i f_i P_i of one layer, computed per sequence and averaged; 1 at perfect balance. Multiply by alpha_1.
+def balance_losses(routing: Routing, num_sequences: int, num_groups: int = 1, groups_per_token: int = 1) -> Tensor:
+    """Expert, device and communication loss of one layer before their alphas, [3] fp32.
 
-    Rows are `num_sequences` sequences of equal length. Gradients flow through P (mean probability) alone; f (share
-    of the tokens that chose expert i, times E/A) is a count. P uses the softmax over all experts, before any limit.
+    Computed per sequence and averaged; rows are `num_sequences` sequences of equal length. Experts form `num_groups`
+    groups, one a device, of which a token reaches at most `groups_per_token`. Each loss is 1 at perfect balance, the
+    third where every token reaches exactly so many devices; with one device, which is always in balance, the last two
+    are 1 without a gradient.
+
+    Gradients flow through P (mean probability, over all experts, before any limit) alone: f is a count.
     """
-    T, E = routing.scores_TE.shape
-    A = routing.experts_TA.shape[1]
+    (T, E), A, G = routing.scores_TE.shape, routing.experts_TA.shape[1], num_groups
     if num_sequences < 1 or T % num_sequences:
         raise ValueError(f"{T} tokens do not divide into num_sequences={num_sequences}")
-    chosen_TE = torch.zeros_like(routing.scores_TE).scatter_(1, routing.experts_TA, 1.0)
-    f_BE = chosen_TE.unflatten(0, (num_sequences, -1)).mean(1) * (E / A)
-    P_BE = routing.scores_TE.unflatten(0, (num_sequences, -1)).mean(1)
-    return (f_BE.detach() * P_BE).sum(1).mean()
+    scores_TE = routing.scores_TE
+    chosen_TE = torch.zeros_like(scores_TE).scatter_(1, routing.experts_TA, 1.0)
+    # Equations 24 and 25.
+    f_BE = _sequence_means(chosen_TE, num_sequences) * (E / A)
+    P_BE = _sequence_means(scores_TE, num_sequences)
+    expert = _loss(f_BE, P_BE)
+    if G == 1:
+        return torch.stack([expert, *torch.ones_like(expert).expand(2)])
+    # Equations 27 and 28, then 30; equation 31 is 28 again.
+    f_device_BG = f_BE.unflatten(1, (G, -1)).mean(2)
+    P_BG = P_BE.unflatten(1, (G, -1)).sum(2)
+    f_sent_BG = _sequence_means(_sent(routing, G), num_sequences) * (G / groups_per_token)
+    return torch.stack([expert, _loss(f_device_BG, P_BG), _loss(f_sent_BG, P_BG)])
+
+
+def _sequence_means(x_TX: Tensor, num_sequences: int) -> Tensor:
+    return x_TX.unflatten(0, (num_sequences, -1)).mean(1)
+
+
+def _loss(f_BX: Tensor, P_BX: Tensor) -> Tensor:
+    """Equations 23, 26 and 29: sum_i f_i P_i, mean over the sequences."""
+    return (f_BX.detach() * P_BX).sum(1).mean()
+
+
+def _sent(routing: Routing, num_groups: int) -> Tensor:
+    """1 where a token is sent to a device, with one or more of its experts there; [T, G] fp32."""
+    (T, E), device = routing.scores_TE.shape, routing.scores_TE.device
+    groups_TA = routing.experts_TA // (E // num_groups)
+    return torch.zeros(T, num_groups, device=device).scatter_(1, groups_TA, 1.0)
 
 
 def expert_load(routing: Routing) -> Tensor:
     """Share of the routed rows that each expert received, [E] fp32; 1/E each when balanced."""
     return routing.block_counts.sum(0).float() / max(routing.experts_TA.numel(), 1)
+
+
+def devices_per_token(routing: Routing, num_groups: int) -> Tensor:
+    """On how many devices a token has experts, mean over the tokens, fp32."""
+    return _sent(routing, num_groups).sum(1).mean()

@@ -23,13 +23,13 @@ def route(h_TD: Tensor, weight_ED: Tensor, moe: MoEConfig) -> Routing:
 
     NOTE: a group scores its maximum; V3 sums two.
     """
-    is_grouped = moe.router == "group_limited_greedy"
+    num_groups, groups_per_token = moe.device_limit
     decided = choose_experts(
         h_TD,
         weight_ED,
         experts_per_token=moe.experts_per_token,
-        num_groups=moe.num_groups if is_grouped else 1,
-        groups_per_token=moe.groups_per_token if is_grouped else 1,
+        num_groups=num_groups,
+        groups_per_token=groups_per_token,
         normalize=moe.norm_topk_prob,
         scaling=moe.routed_scaling_factor,
     )

@@ -32,6 +32,7 @@ from dsv2.train.schedule import learning_rate
 from dsv2.train.step import StepStats, max_violation, train_step
 
 CONFIG_FILE = "config.toml"
+BALANCE_LOSSES = ("expert", "device", "communication")
 
 # May differ between the two halves of a resumed run: none of them changes a weight.
 _FREE_KEYS = frozenset(
@@ -174,7 +175,6 @@ class _Meter:
 
     def __init__(self, cfg: PretrainConfig) -> None:
         self.tokens_per_step = cfg.train.batch_sequences * cfg.data.sequence_length
-        self.num_moe_layers = cfg.model.num_moe_layers
         self.num_steps = 0
         self.sums: dict[str, Tensor] = {}
         self.restart_clock()
@@ -215,7 +215,8 @@ class _Meter:
             "loss": float(mean["loss"]),
             "grad_norm": float(mean["grad_norm"]),
             "lr": lr,
-            "balance_loss": float(mean["balance_loss"]) / max(self.num_moe_layers, 1),
+            "balance_loss": dict(zip(BALANCE_LOSSES, _over_layers(mean["balance_losses_L3"]), strict=True)),
+            "devices_per_token": _over_layers(mean["devices_per_token_L"]),
             "load_max_violation": max_violation(mean["expert_load_LE"]),
             "expert_load": [[round(x, 5) for x in row] for row in mean["expert_load_LE"].tolist()],
             "tokens_per_s": self.num_timed_steps * self.tokens_per_step / max(seconds, 1e-9),
@@ -223,6 +224,11 @@ class _Meter:
         self.num_steps, self.sums = 0, {}
         self.restart_clock()
         return record
+
+
+def _over_layers(figures: Tensor) -> Any:
+    """Mean over the first dimension, as plain numbers; 0 without layers."""
+    return (figures.sum(0) / max(len(figures), 1)).tolist()
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

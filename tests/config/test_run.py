@@ -38,7 +38,7 @@ def test_keys_that_a_recipe_leaves_out_are_the_papers(recipe: Path) -> None:
     train = load_pretrain(recipe).train
     assert (train.beta1, train.beta2, train.weight_decay, train.grad_clip) == (0.9, 0.95, 0.1, 1.0)
     assert (train.warmup_steps, train.decay_at, train.decay_factor) == (2000, (0.6, 0.9), 0.316)
-    assert train.expert_balance_alpha == 0.003
+    assert train.balance_alphas == (0.003, 0.05, 0.02)
 
 
 def test_a_preset_is_the_model(recipe: Path) -> None:
@@ -132,6 +132,7 @@ def test_a_wrong_key_or_type_is_named(data: dict[str, Any], message: str) -> Non
         *[(f"train.{k}", -1) for k in ("warmup_steps", "weight_decay", "expert_balance_alpha", "seed")],
         *[(f"train.{k}", float("nan")) for k in ("lr_peak", "weight_decay", "decay_factor", "beta1", "adam_eps")],
         *[(f"train.{k}", 1.0) for k in ("beta1", "beta2")],
+        *[(f"train.{k}_balance_alpha", x) for k in ("device", "communication") for x in (-1.0, float("inf"))],
         ("train.lr_peak", float("inf")),
         ("train.adam_eps", 0.0),
         ("train.decay_factor", -0.316),

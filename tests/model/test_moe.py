@@ -1,4 +1,4 @@
-"""DeepSeekMoE: which experts are chosen, with what gates, what they compute, and the balance loss."""
+"""DeepSeekMoE: which experts are chosen, with what gates, and what they compute."""
 
 import dataclasses
 from typing import Any
@@ -7,30 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsv2.config import ModelConfig, MoEConfig
+from dsv2.config import ModelConfig
 from dsv2.model import Context
-from dsv2.model.balance import expert_balance_loss, expert_load
-from dsv2.model.context import Routing
 from dsv2.model.moe import Experts, route
+from tests.model.routers import moe_config, random_routing, route_logits
 from tests.numerics import GRADIENT_BUDGETS, assert_close, mla_config, random_model, random_tokens, rel_err
-
-NO_COUNTS = torch.empty(0)  # the balance loss counts per sequence by itself
-
-
-def moe_config(**changes: Any) -> MoEConfig:
-    fields: dict[str, Any] = {"num_experts": 8, "experts_per_token": 2, "expert_intermediate_size": 16}
-    return MoEConfig(**(fields | changes))
-
-
-def route_logits(logits: list[list[float]], moe: MoEConfig) -> Routing:
-    """Routing where row t's router logits are exactly the given ones."""
-    return route(torch.tensor(logits), torch.eye(moe.num_experts), moe)
-
-
-def random_routing(moe: MoEConfig, num_tokens: int = 65, seed: int = 0) -> Routing:
-    generator = torch.Generator().manual_seed(seed)
-    return route(2 * torch.randn(num_tokens, moe.num_experts, generator=generator), torch.eye(moe.num_experts), moe)
-
 
 # Choice -----------------------------------------------------------------------------------------------------------
 
@@ -233,74 +214,6 @@ def test_gradients_reach_the_router_through_the_gates() -> None:
     gate = model.get_parameter("model.layers.1.mlp.gate.weight")
     assert gate.grad is not None
     assert gate.grad.norm().item() > 0
-
-
-# Balance loss -----------------------------------------------------------------------------------------------------
-
-
-def balanced_routing(num_tokens: int, E: int, A: int) -> Routing:
-    """Every expert chosen equally often, equal probabilities."""
-    experts_TA = (torch.arange(num_tokens * A) % E).view(num_tokens, A)
-    scores_TE = torch.full((num_tokens, E), 1 / E)
-    return Routing(scores_TE, experts_TA, torch.full((num_tokens, A), 1 / E), NO_COUNTS)
-
-
-def by_the_paper(routing: Routing, rows: slice) -> float:
-    """Equations 23 to 25 of one sequence with alpha_1 = 1."""
-    scores_TE, experts_TA = routing.scores_TE[rows].double(), routing.experts_TA[rows]
-    (T, E), A = scores_TE.shape, experts_TA.shape[1]
-    total = 0.0
-    for i in range(E):
-        f_i = E / (A * T) * int((experts_TA == i).sum())
-        total += f_i * (scores_TE[:, i].sum().item() / T)
-    return total
-
-
-@pytest.mark.parametrize(("E", "A"), [(8, 2), (160, 6), (4, 1)])
-def test_balance_loss_is_one_at_perfect_balance(E: int, A: int) -> None:
-    assert expert_balance_loss(balanced_routing(E, E, A), 1).item() == pytest.approx(1.0, rel=1e-6)
-
-
-def test_balance_loss_of_a_collapsed_router_is_the_number_of_experts_over_those_chosen() -> None:
-    routing = route_logits([[50.0] + [0.0] * 7] * 4, moe_config(experts_per_token=1))
-    assert expert_balance_loss(routing, 1).item() == pytest.approx(8.0, rel=1e-5)
-
-
-@pytest.mark.parametrize("num_sequences", [1, 2, 5])
-def test_balance_loss_is_the_papers_sum_per_sequence_averaged(num_sequences: int) -> None:
-    routing = random_routing(moe_config(), 40)
-    length = 40 // num_sequences
-    sequences = [slice(i * length, (i + 1) * length) for i in range(num_sequences)]
-    expected = sum(by_the_paper(routing, rows) for rows in sequences) / num_sequences
-    assert expert_balance_loss(routing, num_sequences).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_balance_within_a_batch_does_not_hide_imbalance_within_its_sequences() -> None:
-    # One sequence always picks expert 0, the other always expert 1.
-    logits = [[9.0, 0.0]] * 4 + [[0.0, 9.0]] * 4
-    routing = route_logits(logits, moe_config(num_experts=2, experts_per_token=1))
-    assert expert_balance_loss(routing, 1).item() == pytest.approx(1.0, rel=1e-3)
-    assert expert_balance_loss(routing, 2).item() == pytest.approx(2.0, rel=1e-3)
-
-
-def test_balance_loss_has_a_gradient_through_the_probabilities_alone() -> None:
-    moe = moe_config()
-    scores_TE = random_routing(moe, 20).scores_TE.clone().requires_grad_()
-    routing = Routing(scores_TE, scores_TE.detach().topk(2, dim=1).indices, torch.empty(20, 2), NO_COUNTS)
-    expert_balance_loss(routing, 1).backward()
-    f_E = torch.bincount(routing.experts_TA.flatten(), minlength=8).double() * 8 / (2 * 20)
-    assert scores_TE.grad is not None
-    assert_close(scores_TE.grad, (f_E / 20).expand(20, 8))
-
-
-def test_balance_loss_of_sequences_that_do_not_divide_the_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match="40 tokens do not divide into num_sequences=3"):
-        expert_balance_loss(random_routing(moe_config(), 40), 3)
-
-
-def test_expert_load_is_the_share_of_rows() -> None:
-    routing = route_logits([[5.0, 4.0, 0.0, 0.0], [5.0, 0.0, 4.0, 0.0]], moe_config(num_experts=4))
-    assert expert_load(routing).tolist() == [0.5, 0.25, 0.25, 0.0]
 
 
 def test_a_moe_layer_without_shared_experts_has_no_such_weights() -> None:

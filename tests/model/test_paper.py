@@ -1,18 +1,19 @@
-"""The model in fp32 equals the paper's equations in float64: logits, choices, gates, cache entries, balance loss."""
+"""The model in fp32 equals the paper's equations in float64: logits, choices, gates, cache entries, balance losses."""
 
 import dataclasses
 from functools import cache
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from dsv2 import weights
-from dsv2.config import ModelConfig, RopeConfig, YarnConfig
+from dsv2.config import ModelConfig, MoEConfig, RopeConfig, YarnConfig
 from dsv2.model import Cache, Context, Transformer
-from dsv2.model.balance import expert_balance_loss
+from dsv2.model.balance import balance_losses
 from dsv2.model.context import Routing
 from tests.numerics import assert_close, gqa_config, mla_config, random_model, random_tokens
 from tests.paper import paper
@@ -137,25 +138,35 @@ def test_the_cache_holds_what_the_paper_caches(name: str) -> None:
         assert_close(kept.layers[layer][0, :NUM_TOKENS], expected, what=f"cache of layer {layer}")
 
 
+def losses_of_the_paper(moe: MoEConfig, routing: paper.Routing) -> list[float]:
+    """Before their alphas; with one device the last two are 1."""
+    found = [paper.expert_balance_loss(routing.scores, routing.chosen, 1.0)]
+    G, limit = moe.device_limit
+    found.append(paper.device_balance_loss(routing.scores, routing.chosen, G, 1.0))
+    return [*found, paper.communication_balance_loss(routing.scores, routing.chosen, G, limit, 1.0)]
+
+
 @pytest.mark.parametrize("name", [n for n, cfg in MODELS.items() if cfg.moe])
-def test_the_balance_loss_is_that_of_the_paper(name: str) -> None:
+def test_the_balance_losses_are_those_of_the_paper(name: str) -> None:
+    moe = MODELS[name].moe
+    assert moe is not None
     for layer, routing in compute(name).routings.items():
-        theirs = by_the_paper(name).routing[layer]
-        expected = paper.expert_balance_loss(theirs.scores, theirs.chosen, alpha=1.0)
-        assert expert_balance_loss(routing, num_sequences=1).item() == pytest.approx(expected, rel=1e-5)
+        expected = losses_of_the_paper(moe, by_the_paper(name).routing[layer])
+        assert balance_losses(routing, 1, *moe.device_limit).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["compressed-queries-groups-yarn", "deepseekmoe"])
-def test_the_balance_loss_of_a_batch_is_the_mean_over_its_sequences(name: str) -> None:
+def test_the_balance_losses_of_a_batch_are_the_mean_over_its_sequences(name: str) -> None:
     cfg, length = MODELS[name], 17
+    assert cfg.moe is not None
     model, tokens_T = random_model(cfg), random_tokens(cfg, 2 * length)
     context = dataclasses.replace(Context.packed([0, length, 2 * length]), routings=[])
     model(tokens_T, context=context)
     assert context.routings is not None
-    found = sum(expert_balance_loss(routing, num_sequences=2).item() for routing in context.routings)
-    forward, expected = paper.gqa_forward if name in GQA_MODELS else paper.forward, 0.0
+    found = sum(balance_losses(routing, 2, *cfg.moe.device_limit) for routing in context.routings)
+    forward, expected = paper.gqa_forward if name in GQA_MODELS else paper.forward, np.zeros(3)
     for document in tokens_T.split(length):
         result = forward(cfg.to_hf(), float64_tensors(model), document.tolist())
-        expected += sum(paper.expert_balance_loss(r.scores, r.chosen, 1.0) for r in result.routing.values()) / 2
-    assert found == pytest.approx(expected, rel=1e-5)
+        expected += sum(np.array(losses_of_the_paper(cfg.moe, r)) for r in result.routing.values()) / 2
+    assert torch.as_tensor(found).tolist() == pytest.approx(expected.tolist(), rel=1e-5)

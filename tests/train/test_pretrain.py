@@ -79,8 +79,10 @@ def test_a_record_averages_every_step_since_the_last(corpus: Path, finished: Pat
     last = 0
     for record in (r for r in read_metrics(finished) if "loss" in r):
         steps = [every[step] for step in range(last + 1, record["step"] + 1)]
-        for key in ("loss", "grad_norm", "balance_loss"):
+        for key in ("loss", "grad_norm", "devices_per_token"):
             assert record[key] == pytest.approx(sum(s[key] for s in steps) / len(steps), rel=1e-6)
+        for key, loss in record["balance_loss"].items():
+            assert loss == pytest.approx(sum(s["balance_loss"][key] for s in steps) / len(steps), rel=1e-6)
         last = record["step"]
 
 

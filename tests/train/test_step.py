@@ -16,6 +16,7 @@ from dsv2.config.run import TrainConfig
 from dsv2.data import IGNORED, Batch
 from dsv2.kernels.cross_entropy import cross_entropy
 from dsv2.model import Context, Transformer
+from dsv2.model.context import Routing
 from dsv2.train.optim import adamw, load_state_tensors, state_tensors
 from dsv2.train.step import StepStats, max_violation, train_step
 from tests.numerics import gqa_config, mla_config, random_model, rel_err
@@ -51,7 +52,8 @@ def cut(whole: Batch, sizes: Sequence[int]) -> list[Batch]:
 
 def train_config(**changes: Any) -> TrainConfig:
     """Neither clipping nor balance unless asked for."""
-    plain = {"steps": 1, "batch_sequences": 4, "lr_peak": 1.0, "grad_clip": 1e9, "expert_balance_alpha": 0.0}
+    plain = {"steps": 1, "batch_sequences": 4, "lr_peak": 1.0, "grad_clip": 1e9}
+    plain |= {"expert_balance_alpha": 0.0, "device_balance_alpha": 0.0, "communication_balance_alpha": 0.0}
     return TrainConfig(**(plain | changes))
 
 
@@ -91,7 +93,7 @@ def test_micro_batches_add_up_to_the_whole_batch(model: Transformer, sizes: tupl
     whole, stats = gradients(model, [batch()], train)
     pieces, piece_stats = gradients(model, cut(batch(), sizes), train)
     assert {name: e for name in whole if (e := rel_err(pieces[name], whole[name])) > 1e-5} == {}
-    for key in ("loss", "balance_loss", "grad_norm", "expert_load_LE"):
+    for key in ("loss", "grad_norm", "balance_losses_L3", "expert_load_LE", "devices_per_token_L"):
         assert rel_err(getattr(piece_stats, key), getattr(stats, key)) < 1e-6, key
 
 
@@ -193,32 +195,46 @@ def test_the_rate_of_the_step_reaches_every_group(model: Transformer) -> None:
 
 
 def balance_by_hand(model: Transformer, b: Batch) -> Tensor:
-    """Equations 23 to 25 of every MoE layer and every sequence, in loops: summed over layers, mean over sequences."""
+    """Equations 23 to 31 of every MoE layer and every sequence, in loops: [L, 3], mean over sequences."""
     context = Context.packed(b.cu_seqlens.tolist())
     context.routings = []
     model(torch.from_numpy(b.tokens), context=context)
-    total = torch.zeros(())
-    for routing in context.routings:
-        E, A = routing.scores_TE.shape[1], routing.experts_TA.shape[1]
-        for i in range(len(b.sequence_ids)):
-            rows = range(i * SEQUENCE, (i + 1) * SEQUENCE)
-            for e in range(E):
-                f = sum(int(e in routing.experts_TA[t]) for t in rows) * E / (A * SEQUENCE)
-                P = torch.stack([routing.scores_TE[t, e] for t in rows]).mean()
-                total = total + f * P
-    return total / len(b.sequence_ids)
+    return torch.stack([layer_by_hand(routing, len(b.sequence_ids)) for routing in context.routings])
 
 
-def test_the_balance_loss_is_that_of_each_sequence(model: Transformer) -> None:
+def layer_by_hand(routing: Routing, num_sequences: int, G: int = 4, M: int = 2) -> Tensor:
+    E, A = routing.scores_TE.shape[1], routing.experts_TA.shape[1]
+    total = torch.zeros(3)
+    for i in range(num_sequences):
+        rows = range(i * SEQUENCE, (i + 1) * SEQUENCE)
+        chosen = [set(routing.experts_TA[t].tolist()) for t in rows]
+        f = [sum(e in experts for experts in chosen) * E / (A * SEQUENCE) for e in range(E)]
+        P = [torch.stack([routing.scores_TE[t, e] for t in rows]).mean() for e in range(E)]
+        losses = [sum((f[e] * P[e] for e in range(E)), torch.zeros(())), torch.zeros(()), torch.zeros(())]
+        for g in range(G):
+            device = range(g * E // G, (g + 1) * E // G)
+            sent = sum(bool(experts & set(device)) for experts in chosen) * G / (M * SEQUENCE)
+            P_device = torch.stack([P[e] for e in device]).sum()
+            losses[1] = losses[1] + sum(f[e] for e in device) / len(device) * P_device
+            losses[2] = losses[2] + sent * P_device
+        total = total + torch.stack(losses)
+    return total / num_sequences
+
+
+def test_the_balance_losses_are_those_of_each_sequence(model: Transformer) -> None:
     _, stats = gradients(model, [batch()], train_config())
-    assert rel_err(stats.balance_loss, balance_by_hand(model, batch())) < 1e-5
+    assert rel_err(stats.balance_losses_L3, balance_by_hand(model, batch())) < 1e-5
 
 
-def test_the_balance_loss_is_weighted_by_alpha(model: Transformer) -> None:
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_the_balance_losses_are_weighted_by_their_alphas_and_added_up_over_layers(
+    model: Transformer, which: int
+) -> None:
     alpha = 100.0  # so that the difference of two gradients still shows it
-    with_balance, _ = gradients(model, [batch()], train_config(expert_balance_alpha=alpha))
+    key = ("expert_balance_alpha", "device_balance_alpha", "communication_balance_alpha")[which]
+    with_balance, _ = gradients(model, [batch()], train_config(**{key: alpha}))
     without, _ = gradients(model, [batch()], train_config())
-    balance_by_hand(model, batch()).backward()
+    balance_by_hand(model, batch())[:, which].sum().backward()
     routers = [name for name in without if name.endswith("mlp.gate.weight")]
     assert len(routers) == 2
     named = dict(model.named_parameters())
@@ -236,7 +252,7 @@ def test_the_loss_that_is_told_leaves_out_the_balance(model: Transformer) -> Non
 def test_a_dense_model_has_neither_balance_nor_load() -> None:
     model = random_model(gqa_config("llama"))
     _, stats = gradients(model, [batch(vocab_size=model.cfg.vocab_size)], train_config(expert_balance_alpha=1.0))
-    assert float(stats.balance_loss) == 0
+    assert stats.balance_losses_L3.numel() == 0
     assert stats.expert_load_LE.numel() == 0
     assert max_violation(stats.expert_load_LE) == 0
 
