@@ -66,6 +66,10 @@ class TrainConfig:
     """alpha_2 of equation 26."""
     communication_balance_alpha: float = 0.02
     """alpha_3 of equation 29."""
+    capacity_factor: float = 1.0
+    """Rows that a device takes in a micro-batch, in mean loads (section 2.2.4); inf: nothing is dropped."""
+    exempt_share: float = 0.1
+    """Share of the sequences whose tokens are never dropped."""
     seed: int = 0
     device: str = "auto"
     log_every: int = 10
@@ -89,6 +93,9 @@ class TrainConfig:
             value = getattr(self, name)
             # With adam_eps 0 an expert that no token chose yet would become 0/0.
             require(0 < value < math.inf, f"train.{name}={value} must be positive and finite")
+        # Infinite is a value: TOML has no null.
+        require(self.capacity_factor > 0, f"train.capacity_factor={self.capacity_factor} must be positive")
+        require(0 <= self.exempt_share <= 1, f"train.exempt_share={self.exempt_share} must be in [0, 1]")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"train.{name}={value} must be in [0, 1)")
@@ -115,6 +122,14 @@ class PretrainConfig:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if moe := self.model.moe:
+            require(
+                moe.device_limit[0] == moe.num_groups,
+                f"model.moe.num_groups={moe.num_groups} needs model.moe.router='group_limited_greedy', got "
+                f"{moe.router!r}: groups are devices, whose balance and capacity it would not heed",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return schema.to_dict(self)

@@ -25,12 +25,22 @@ class Routing:
     """What one MoE layer decided: softmax over all experts [T, E] fp32, chosen experts [T, A], gates [T, A] fp32.
 
     `block_counts` [blocks, E] int32: how often the tokens of each block chose each expert, see `kernels.route`.
+    `kept_TA` bool is False where a row was dropped, whose gate is then 0; None: no row could be.
     """
 
     scores_TE: Tensor
     experts_TA: Tensor
     gates_TA: Tensor
     block_counts: Tensor
+    kept_TA: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dropping:
+    """How much a device takes, in mean loads, and the tokens that are never dropped, [T] bool: see `dropping`."""
+
+    capacity_factor: float
+    exempt_T: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +78,9 @@ class Context:
 
     Over a cache they count the rows after `paged.num_absorbed`; without one, `absorb` selects MLA's absorbed form
     (section 2.1.2). `positions_T` int64. Every MoE layer appends to `routings` where a list is given; balance losses
-    and load statistics read it. `side_stream` is where shared experts run beside the router and the routed experts:
-    for steps inside a CUDA graph, whose memory nothing else takes.
+    and load statistics read it. With `dropping`, which belongs to training, devices take a limited number of rows.
+    `side_stream` is where shared experts run beside the router and the routed experts: for steps inside a CUDA graph,
+    whose memory nothing else takes.
     """
 
     positions_T: Tensor
@@ -78,6 +89,7 @@ class Context:
     absorb: bool = False
     paged: Paged | None = None
     routings: list[Routing] | None = field(default=None, repr=False)
+    dropping: Dropping | None = None
     side_stream: torch.cuda.Stream | None = None
 
     @staticmethod

@@ -1,7 +1,8 @@
 """DeepSeekMoE (DeepSeek-V2 section 2.2): router, routed experts, shared experts.
 
 Routing is computed in fp32 over all experts; gates are not renormalised unless the configuration says so (GShard,
-Mixtral). No token is dropped here, and no balance loss is added: see `balance`.
+Mixtral). Rows are dropped only where the context says so, see `dropping`; balance losses are added nowhere here: see
+`balance`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dsv2.config import ModelConfig, MoEConfig
 from dsv2.kernels.grouped_mlp import grouped_mlp
 from dsv2.kernels.route import route as choose_experts
 from dsv2.model.context import Context, Routing
+from dsv2.model.dropping import drop_rows
 from dsv2.model.layers import SwiGLU
 
 
@@ -81,6 +83,8 @@ class MoE(nn.Module):
     def forward(self, h_TD: Tensor, context: Context) -> Tensor:
         shared = self._shared(h_TD, context.side_stream)
         routing = route(h_TD, self.gate.weight, self.moe)
+        if context.dropping is not None:
+            routing = drop_rows(routing, context.dropping, self.moe.device_limit[0])
         if context.routings is not None:
             context.routings.append(routing)
         return self.experts(h_TD, routing.experts_TA, routing.gates_TA, shared, routing.block_counts)

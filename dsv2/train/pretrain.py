@@ -216,6 +216,7 @@ class _Meter:
             "grad_norm": float(mean["grad_norm"]),
             "lr": lr,
             "balance_loss": dict(zip(BALANCE_LOSSES, _over_layers(mean["balance_losses_L3"]), strict=True)),
+            "drop_rate": _over_layers(mean["drop_rate_L"]),
             "devices_per_token": _over_layers(mean["devices_per_token_L"]),
             "load_max_violation": max_violation(mean["expert_load_LE"]),
             "expert_load": [[round(x, 5) for x in row] for row in mean["expert_load_LE"].tolist()],

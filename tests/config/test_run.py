@@ -39,6 +39,7 @@ def test_keys_that_a_recipe_leaves_out_are_the_papers(recipe: Path) -> None:
     assert (train.beta1, train.beta2, train.weight_decay, train.grad_clip) == (0.9, 0.95, 0.1, 1.0)
     assert (train.warmup_steps, train.decay_at, train.decay_factor) == (2000, (0.6, 0.9), 0.316)
     assert train.balance_alphas == (0.003, 0.05, 0.02)
+    assert (train.capacity_factor, train.exempt_share) == (1.0, 0.1)
 
 
 def test_a_preset_is_the_model(recipe: Path) -> None:
@@ -134,6 +135,8 @@ def test_a_wrong_key_or_type_is_named(data: dict[str, Any], message: str) -> Non
         *[(f"train.{k}", 1.0) for k in ("beta1", "beta2")],
         *[(f"train.{k}_balance_alpha", x) for k in ("device", "communication") for x in (-1.0, float("inf"))],
         ("train.lr_peak", float("inf")),
+        *[("train.capacity_factor", x) for x in (0.0, -1.0, float("nan"))],
+        *[("train.exempt_share", x) for x in (-0.1, 1.1, float("nan"))],
         ("train.adam_eps", 0.0),
         ("train.decay_factor", -0.316),
         ("train.decay_at", [0.9, 0.6]),
@@ -146,6 +149,11 @@ def test_a_wrong_key_or_type_is_named(data: dict[str, Any], message: str) -> Non
 def test_a_value_out_of_range_is_named(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{key}=.* must"):
         pretrain_from_dict(changed(key, value))
+
+
+def test_groups_of_experts_that_the_router_would_not_heed_are_refused() -> None:
+    with pytest.raises(ValueError, match="model.moe.num_groups=4 needs model.moe.router='group_limited_greedy'"):
+        pretrain_from_dict(changed("model.moe", {"router": "greedy"}))
 
 
 @pytest.mark.parametrize("micro", [0, -1, 3, 8])

@@ -182,5 +182,15 @@ def test_a_stride_outside_the_window_is_refused(
         bits_per_byte(model, held_out, window=window, stride=stride)
 
 
+def test_evaluation_never_drops_a_token(
+    model: Transformer, held_out: TokenShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("dsv2.model.moe.drop_rows", lambda *arguments: asked.append(arguments))
+    assert model.cfg.moe is not None and model.cfg.moe.device_limit == (4, 2)
+    bits_per_byte(model.train(), held_out, window=32)
+    assert asked == []
+
+
 def test_nothing_scored_is_not_a_number() -> None:
     assert math.isnan(SourceScore().bits_per_byte)

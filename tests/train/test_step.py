@@ -16,9 +16,11 @@ from dsv2.config.run import TrainConfig
 from dsv2.data import IGNORED, Batch
 from dsv2.kernels.cross_entropy import cross_entropy
 from dsv2.model import Context, Transformer
+from dsv2.model.balance import expert_load
 from dsv2.model.context import Routing
+from dsv2.train import step
 from dsv2.train.optim import adamw, load_state_tensors, state_tensors
-from dsv2.train.step import StepStats, max_violation, train_step
+from dsv2.train.step import StepStats, exempt_sequences, max_violation, train_step
 from tests.numerics import gqa_config, mla_config, random_model, rel_err
 
 SEQUENCE = 12
@@ -51,9 +53,14 @@ def cut(whole: Batch, sizes: Sequence[int]) -> list[Batch]:
 
 
 def train_config(**changes: Any) -> TrainConfig:
-    """Neither clipping nor balance unless asked for."""
+    """Neither clipping, balance losses nor dropping unless asked for."""
     plain = {"steps": 1, "batch_sequences": 4, "lr_peak": 1.0, "grad_clip": 1e9}
-    plain |= {"expert_balance_alpha": 0.0, "device_balance_alpha": 0.0, "communication_balance_alpha": 0.0}
+    plain |= {
+        "capacity_factor": math.inf,
+        "expert_balance_alpha": 0.0,
+        "device_balance_alpha": 0.0,
+        "communication_balance_alpha": 0.0,
+    }
     return TrainConfig(**(plain | changes))
 
 
@@ -268,6 +275,70 @@ def test_the_violation_is_that_of_the_worst_layer() -> None:
     load = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.3, 0.2]])
     assert max_violation(load) == pytest.approx(0.6)
     assert max_violation(load[:1]) == pytest.approx(0.0)
+
+
+# Dropping ---------------------------------------------------------------------------------------------------------
+
+
+def seen_dropping(model: Transformer, batches: list[Batch], train: TrainConfig) -> tuple[list[Routing], StepStats]:
+    """What the MoE layers of a step decided, micro-batch after micro-batch."""
+    seen: list[Routing] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "expert_load", lambda routing: seen.append(routing) or expert_load(routing))
+        _, stats = gradients(model, batches, train)
+    return seen, stats
+
+
+def test_a_step_drops_rows_and_spares_exempt_sequences(model: Transformer) -> None:
+    b = batch(num_sequences=40)
+    routings, stats = seen_dropping(model, [b], train_config(capacity_factor=1.0))
+    exempt_B = exempt_sequences(b.sequence_ids, 0.1)
+    assert exempt_B.any()
+    assert (stats.drop_rate_L > 0.01).all()
+    for routing, rate in zip(routings, stats.drop_rate_L.tolist(), strict=True):
+        assert routing.kept_TA is not None
+        kept_BM = routing.kept_TA.view(len(exempt_B), -1)
+        assert kept_BM[torch.from_numpy(exempt_B)].all()
+        assert rate == pytest.approx(1 - kept_BM.float().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("capacity_factor", [4.0, math.inf])
+def test_a_capacity_that_holds_every_row_drops_nothing(model: Transformer, capacity_factor: float) -> None:
+    # A model of four devices: none gets more than four times the mean.
+    routings, stats = seen_dropping(model, [batch()], train_config(capacity_factor=capacity_factor))
+    assert all(routing.kept_TA is None for routing in routings)
+    assert not stats.drop_rate_L.any()
+
+
+def test_experts_that_are_not_limited_to_devices_drop_nothing() -> None:
+    routings, _ = seen_dropping(random_model(mla_config(grouped=False)), [batch()], train_config(capacity_factor=1.0))
+    assert len(routings) == 2
+    assert all(routing.kept_TA is None for routing in routings)
+
+
+def test_the_balance_losses_count_before_anything_is_dropped(model: Transformer) -> None:
+    # In the first MoE layer; what the second gets has changed.
+    (_, stats), (_, undropped) = (gradients(model, [batch()], train_config(capacity_factor=c)) for c in (0.5, math.inf))
+    for key in ("balance_losses_L3", "expert_load_LE", "devices_per_token_L"):
+        assert torch.equal(getattr(stats, key)[0], getattr(undropped, key)[0]), key
+    assert stats.drop_rate_L[0] > 0.3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_about_the_asked_share_of_sequences_is_exempt(share: float) -> None:
+    assert exempt_sequences(np.arange(100_000), share).mean() == pytest.approx(share, abs=0.003)
+
+
+def test_the_exempt_sequences_never_change() -> None:
+    # Runs resume under other versions: these ids are exempt for good.
+    assert np.flatnonzero(exempt_sequences(np.arange(80), 0.1)).tolist() == [10, 18, 21, 41, 48, 68]
+
+
+def test_whether_a_sequence_is_exempt_depends_on_its_id_alone() -> None:
+    ids = np.random.default_rng(0).permutation(1000)
+    together = exempt_sequences(ids, 0.1)
+    alone = [exempt_sequences(ids[i : i + 1], 0.1)[0] for i in range(len(ids))]
+    assert together.tolist() == alone
 
 
 # AdamW ------------------------------------------------------------------------------------------------------------
