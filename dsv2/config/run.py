@@ -36,7 +36,7 @@ class DataConfig:
 
 
 _POSITIVE = (
-    *("steps", "batch_sequences", "grad_clip"),
+    *("batch_sequences", "grad_clip"),
     *("log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints"),
 )
 
@@ -45,14 +45,19 @@ _POSITIVE = (
 class TrainConfig:
     """AdamW with linear warm-up and step decays (section 3.1.2)."""
 
-    steps: int
+    steps: int | None = None
+    tokens: int | None = None
+    """How long to train: one of the two. Tokens are rounded up to whole batches."""
     batch_sequences: int
     micro_batch_sequences: int | None = None
     """Sequences in memory at once; None: the whole batch."""
+    batch_ramp_from: int | None = None
+    """Sequences of the first batch; from there to `batch_sequences` over the first `batch_ramp_tokens`."""
+    batch_ramp_tokens: int | None = None
     lr_peak: float
     warmup_steps: int = 2000
     decay_at: tuple[float, ...] = (0.6, 0.9)
-    """Shares of the steps after which the learning rate is multiplied by `decay_factor`."""
+    """Shares of the run's tokens after which the learning rate is multiplied by `decay_factor`."""
     decay_factor: float = 0.316
     beta1: float = 0.9
     beta2: float = 0.95
@@ -99,15 +104,38 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"train.{name}={value} must be in [0, 1)")
-        micro = self.micro_batch_sequences
-        require(
-            micro is None or (micro > 0 and self.batch_sequences % micro == 0),
-            f"train.batch_sequences={self.batch_sequences} must be a multiple of micro_batch_sequences={micro}",
-        )
+        self._check_length()
+        self._check_batches()
         require(
             list(self.decay_at) == sorted(self.decay_at) and all(0 < d <= 1 for d in self.decay_at),
             f"train.decay_at={list(self.decay_at)} must rise within (0, 1]",
         )
+
+    def _check_length(self) -> None:
+        steps, tokens = self.steps, self.tokens
+        require((steps is None) != (tokens is None), f"train.steps={steps} and train.tokens={tokens}: give one of them")
+        require(steps is None or steps > 0, f"train.steps={steps} must be positive")
+        require(tokens is None or tokens > 0, f"train.tokens={tokens} must be positive")
+
+    def _check_batches(self) -> None:
+        micro, whole = self.micro_batch_sequences, self.batch_sequences
+        first, tokens = self.batch_ramp_from, self.batch_ramp_tokens
+        require(
+            micro is None or (micro > 0 and whole % micro == 0),
+            f"train.batch_sequences={whole} must be a multiple of micro_batch_sequences={micro}",
+        )
+        require(
+            (first is None) == (tokens is None),
+            f"train.batch_ramp_from={first} and train.batch_ramp_tokens={tokens}: give both or none",
+        )
+        if first is not None and tokens is not None:
+            require(tokens > 0, f"train.batch_ramp_tokens={tokens} must be positive")
+            require(micro is not None, "train.batch_ramp_from needs micro_batch_sequences: batches grow by whole ones")
+            require(
+                0 < first <= whole and first % (micro or 1) == 0,
+                f"train.batch_ramp_from={first} must be a multiple of micro_batch_sequences={micro}, "
+                f"at most batch_sequences={whole}",
+            )
 
     @property
     def balance_alphas(self) -> tuple[float, float, float]:

@@ -28,7 +28,7 @@ from dsv2.train.checkpoint import list_checkpoints, load_checkpoint, save_checkp
 from dsv2.train.evaluate import bits_per_byte
 from dsv2.train.metrics import METRICS_FILE, MetricsLog, RunProgress
 from dsv2.train.optim import adamw
-from dsv2.train.schedule import learning_rate
+from dsv2.train.schedule import Schedule
 from dsv2.train.step import StepStats, max_violation, train_step
 
 CONFIG_FILE = "config.toml"
@@ -57,15 +57,17 @@ class Pretraining:
         self.cfg = cfg = dataclasses.replace(cfg, model=model)
         shards = self._open_shards(data.train)
         self.held_out = self._open_shards(data.held_out) if data.held_out else None
-        micro = train.micro_batch_sequences or train.batch_sequences
-        self.num_micro_batches = train.batch_sequences // micro
-        self.loader = BatchLoader(shards, sequence_length=data.sequence_length, batch_sequences=micro, seed=train.seed)
+        self.schedule = Schedule(train, data.sequence_length)
+        self.micro = train.micro_batch_sequences or train.batch_sequences
+        self.loader = BatchLoader(
+            shards, sequence_length=data.sequence_length, batch_sequences=self.micro, seed=train.seed
+        )
         self._check_same_recipe()
         self.model = Transformer(cfg.model)
         self.model.init_weights(torch.Generator().manual_seed(train.seed))
         self.model.to(pick_device(train.device))
         self.optimizer = adamw(self.model, train)
-        self.meter = _Meter(cfg)
+        self.meter = _Meter()
         self.step = 0
         self._resume()
 
@@ -109,35 +111,41 @@ class Pretraining:
 
         Returns whether the run is complete.
         """
-        train = self.cfg.train
+        train, schedule = self.cfg.train, self.schedule
         self._prepare_directory()
         log = MetricsLog(self.run_dir, self.step)
-        progress = RunProgress(self.console, label="pretrain", num_steps=train.steps, start_step=self.step)
+        progress = RunProgress(self.console, label="pretrain", num_steps=schedule.num_steps, start_step=self.step)
         try:
             if self.step == 0:
                 self._evaluate(log)
             self.meter.restart_clock()
-            while self.step < train.steps and not should_stop():
-                lr = learning_rate(train, self.step)
-                batches = [self.loader.next() for _ in range(self.num_micro_batches)]
-                self.meter.add(train_step(self.model, self.optimizer, batches, train, lr))
-                self.step += 1
-                if self.step % train.log_every == 0 or self.step == train.steps:
-                    record = self.meter.record(self.step, lr)
+            while self.step < schedule.num_steps and not should_stop():
+                self._train_step()
+                is_last = self.step == schedule.num_steps
+                if self.step % train.log_every == 0 or is_last:
+                    record = self.meter.record(self.step, schedule)
                     log.write(self.step, record)
                     progress.update(self.step, f"loss {record['loss']:.3f}  {record['tokens_per_s']:,.0f} tok/s")
-                if self.step % train.eval_every == 0 or self.step == train.steps:
+                if self.step % train.eval_every == 0 or is_last:
                     self._evaluate(log)
                     self.meter.restart_clock()
-                if self.step % train.checkpoint_every == 0 or self.step == train.steps:
+                if self.step % train.checkpoint_every == 0 or is_last:
                     self._save()
                     self.meter.restart_clock()
-            if self.step < train.steps and self.step % train.checkpoint_every:
+            if self.step < schedule.num_steps and self.step % train.checkpoint_every:
                 self._save()
         finally:
             progress.close()
             log.close()
-        return self.step == train.steps
+        return self.step == schedule.num_steps
+
+    def _train_step(self) -> None:
+        num_sequences = self.schedule.batch_sequences(self.step)
+        batches = [self.loader.next() for _ in range(num_sequences // self.micro)]
+        lr = self.schedule.learning_rate(self.step)
+        stats = train_step(self.model, self.optimizer, batches, self.cfg.train, lr)
+        self.meter.add(stats, num_tokens=num_sequences * self.cfg.data.sequence_length)
+        self.step += 1
 
     def _prepare_directory(self) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -149,7 +157,7 @@ class Pretraining:
     def _evaluate(self, log: MetricsLog) -> None:
         if self.held_out is None:
             return
-        last = self.step == self.cfg.train.steps
+        last = self.step == self.schedule.num_steps
         limit = None if last else self.cfg.train.eval_tokens
         scores = bits_per_byte(self.model, self.held_out, window=self.cfg.data.sequence_length, max_tokens=limit)
         # A source of which nothing was scored has no figure: NaN is not JSON.
@@ -173,22 +181,21 @@ class Pretraining:
 class _Meter:
     """Sums over the steps since the last record. They are saved, so that a resumed run writes the same record."""
 
-    def __init__(self, cfg: PretrainConfig) -> None:
-        self.tokens_per_step = cfg.train.batch_sequences * cfg.data.sequence_length
+    def __init__(self) -> None:
         self.num_steps = 0
         self.sums: dict[str, Tensor] = {}
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave out of the speed what was not training."""
-        self.num_timed_steps, self.began = 0, time.monotonic()
+        self.num_timed_tokens, self.began = 0, time.monotonic()
 
-    def add(self, stats: StepStats) -> None:
+    def add(self, stats: StepStats, num_tokens: int) -> None:
         for f in dataclasses.fields(stats):
             value = getattr(stats, f.name)
             self.sums[f.name] = self.sums[f.name] + value if self.num_steps else value
         self.num_steps += 1
-        self.num_timed_steps += 1
+        self.num_timed_tokens += num_tokens
 
     def state(self) -> dict[str, Any]:
         """For JSON, which keeps every bit of a float."""
@@ -205,31 +212,37 @@ class _Meter:
             if not math.isfinite(total):
                 raise ValueError(f"the {what} is {total} at step {step}: lower train.lr_peak or look at the data")
 
-    def record(self, step: int, lr: float) -> dict[str, Any]:
-        """The averages, for the log; then begin again. Errors as for `check`."""
+    def record(self, step: int, schedule: Schedule) -> dict[str, Any]:
+        """The averages over steps, for the log, after step `step` - 1; then begin again. Errors as for `check`."""
         self.check(step)
         mean = {name: total.cpu() / self.num_steps for name, total in self.sums.items()}
         seconds = time.monotonic() - self.began
         record = {
-            "tokens": step * self.tokens_per_step,
+            "tokens": schedule.tokens_before(step),
+            "batch_sequences": schedule.batch_sequences(step - 1),
             "loss": float(mean["loss"]),
             "grad_norm": float(mean["grad_norm"]),
-            "lr": lr,
-            "balance_loss": dict(zip(BALANCE_LOSSES, _over_layers(mean["balance_losses_L3"]), strict=True)),
-            "drop_rate": _over_layers(mean["drop_rate_L"]),
-            "devices_per_token": _over_layers(mean["devices_per_token_L"]),
-            "load_max_violation": max_violation(mean["expert_load_LE"]),
-            "expert_load": [[round(x, 5) for x in row] for row in mean["expert_load_LE"].tolist()],
-            "tokens_per_s": self.num_timed_steps * self.tokens_per_step / max(seconds, 1e-9),
+            "lr": schedule.learning_rate(step - 1),
+            **_of_experts(mean),
+            "tokens_per_s": self.num_timed_tokens / max(seconds, 1e-9),
         }
         self.num_steps, self.sums = 0, {}
         self.restart_clock()
         return record
 
 
-def _over_layers(figures: Tensor) -> Any:
-    """Mean over the first dimension, as plain numbers; 0 without layers."""
-    return (figures.sum(0) / max(len(figures), 1)).tolist()
+def _of_experts(mean: dict[str, Tensor]) -> dict[str, Any]:
+    """Averages over the MoE layers, and the load of each; nothing for a dense model."""
+    if not len(mean["expert_load_LE"]):
+        return {"load_max_violation": 0.0, "expert_load": []}
+    losses = mean["balance_losses_L3"].mean(0).tolist()
+    return {
+        "balance_loss": dict(zip(BALANCE_LOSSES, losses, strict=True)),
+        "drop_rate": float(mean["drop_rate_L"].mean()),
+        "devices_per_token": float(mean["devices_per_token_L"].mean()),
+        "load_max_violation": max_violation(mean["expert_load_LE"]),
+        "expert_load": [[round(x, 5) for x in row] for row in mean["expert_load_LE"].tolist()],
+    }
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

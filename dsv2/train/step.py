@@ -59,7 +59,9 @@ def train_step(
         ce_sum, routings = _forward(model, batch, _dropping(batch, train, limit[0], model.device))
         ce = ce_sum / max(num_targets, 1)
         balance_L3, *others = _layer_figures(routings, len(batch.sequence_ids), limit, model.device)
-        balance = sum(alpha * x for alpha, x in zip(train.balance_alphas, balance_L3.sum(0), strict=True))
+        # Without experts there are no losses to zip with.
+        losses = zip(train.balance_alphas, balance_L3.unbind(-1), strict=bool(routings))
+        balance = sum(alpha * loss_L.sum() for alpha, loss_L in losses)
         (ce + balance / len(micro_batches)).backward()
         told.append([ce.detach(), balance_L3.detach(), *others])
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
@@ -105,9 +107,9 @@ def _forward(model: Transformer, batch: Batch, dropping: Dropping | None) -> tup
 def _layer_figures(
     routings: Sequence[Routing], num_sequences: int, limit: tuple[int, int], device: torch.device
 ) -> list[Tensor]:
-    """Balance losses [L, 3], expert load [L, E], devices a token [L], drop rate [L]."""
+    """Balance losses [L, 3], expert load [L, E], devices a token [L], drop rate [L]; all empty without experts."""
     if not routings:
-        return [torch.zeros(0, *shape, device=device) for shape in ((3,), (0,), (), ())]
+        return [torch.zeros(0, device=device)] * 4
     layers = [
         (balance_losses(r, num_sequences, *limit), expert_load(r), devices_per_token(r, limit[0]), drop_rate(r))
         for r in routings
@@ -115,7 +117,6 @@ def _layer_figures(
     return [torch.stack(of_layers) for of_layers in zip(*layers, strict=True)]
 
 
-def max_violation(expert_load_LE: Tensor | np.ndarray) -> float:
-    """Load of the busiest expert over the mean, minus 1, worst layer; 0 when balanced (or without experts)."""
-    load = np.asarray(expert_load_LE)
-    return float((load.max(1) * load.shape[1]).max() - 1) if load.size else 0.0
+def max_violation(expert_load_LE: Tensor) -> float:
+    """Load of the busiest expert over the mean, minus 1, worst layer; 0 when balanced."""
+    return float((expert_load_LE.amax(1) / expert_load_LE.mean(1)).max() - 1)

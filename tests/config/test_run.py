@@ -164,6 +164,30 @@ def test_a_micro_batch_must_divide_the_batch(micro: int) -> None:
         TrainConfig(steps=1, batch_sequences=4, lr_peak=1.0, micro_batch_sequences=micro)
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"tokens": 10}, "train.steps=1 and train.tokens=10: give one of them"),
+        ({"steps": None}, "train.steps=None and train.tokens=None: give one of them"),
+        ({"steps": None, "tokens": 0}, "train.tokens=0 must be positive"),
+        ({"batch_ramp_from": 2}, "train.batch_ramp_from=2 and train.batch_ramp_tokens=None: give both or none"),
+        ({"batch_ramp_from": 2, "batch_ramp_tokens": 0}, "train.batch_ramp_tokens=0 must be positive"),
+        ({"batch_ramp_from": 2, "batch_ramp_tokens": 9}, "train.batch_ramp_from needs micro_batch_sequences"),
+        (
+            {"batch_ramp_from": 3, "batch_ramp_tokens": 9, "micro_batch_sequences": 2},
+            "train.batch_ramp_from=3 must be a multiple of micro_batch_sequences=2, at most batch_sequences=4",
+        ),
+        (
+            {"batch_ramp_from": 6, "batch_ramp_tokens": 9, "micro_batch_sequences": 2},
+            "train.batch_ramp_from=6 must be .* at most batch_sequences=4",
+        ),
+    ],
+)
+def test_lengths_and_ramps_that_cannot_be_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**({"steps": 1, "batch_sequences": 4, "lr_peak": 1.0} | keys))
+
+
 # Overrides --------------------------------------------------------------------------------------------------------
 
 

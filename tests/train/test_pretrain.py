@@ -32,6 +32,7 @@ from tests.train.tiny import (
     EVAL_EVERY,
     LOG_EVERY,
     QUIET,
+    RAMP_STEPS,
     STEPS,
     assert_same_run,
     documents,
@@ -89,7 +90,8 @@ def test_a_record_averages_every_step_since_the_last(corpus: Path, finished: Pat
 
 def test_a_record_says_rate_tokens_and_load(finished: Path) -> None:
     record = next(r for r in read_metrics(finished) if "loss" in r)
-    assert record["tokens"] == LOG_EVERY * 4 * 32
+    assert record["tokens"] == (RAMP_STEPS * 2 + (LOG_EVERY - RAMP_STEPS) * 4) * 32
+    assert record["batch_sequences"] == 4
     assert record["lr"] == 1e-2
     assert record["tokens_per_s"] > 0
     assert 0 < record["drop_rate"] < 1
@@ -131,8 +133,9 @@ def test_documents_begin_and_end_with_the_tokenizers_ids_whatever_the_preset_say
 
 
 def test_without_dropping_micro_batches_do_not_change_what_is_learnt(corpus: Path, tmp_path: Path) -> None:
+    plain: dict[str, Any] = {"capacity_factor": math.inf, "batch_ramp_from": None, "batch_ramp_tokens": None}
     for name, micro in (("whole", None), ("cut", 2)):
-        run(recipe(corpus, micro_batch_sequences=micro, capacity_factor=math.inf), tmp_path / name)
+        run(recipe(corpus, **plain, micro_batch_sequences=micro), tmp_path / name)
     losses = [[r["loss"] for r in read_metrics(tmp_path / d) if "loss" in r] for d in ("whole", "cut")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -157,6 +160,15 @@ def test_stopped_and_resumed_equals_uninterrupted(corpus: Path, finished: Path, 
     assert run(recipe(corpus), tmp_path / "run", stop_at).step == stop_at
     run(recipe(corpus), tmp_path / "run")
     assert_same_run(tmp_path / "run", finished)
+
+
+def test_a_dense_model_stopped_between_two_records_goes_on(corpus: Path, tmp_path: Path) -> None:
+    cfg = recipe(corpus, steps=4, log_every=4)
+    cfg = dataclasses.replace(cfg, model=cfg.model.replace(moe=None))
+    for name, stops in (("whole", ()), ("cut", (2,))):
+        for stop_at in (*stops, None):
+            run(cfg, tmp_path / name, stop_at)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole", step=4)
 
 
 def test_stopped_after_every_step_equals_uninterrupted(corpus: Path, finished: Path, tmp_path: Path) -> None:
@@ -207,7 +219,7 @@ def test_keys_that_change_no_weight_may_change(corpus: Path, finished: Path, tmp
     [
         ("train__lr_peak", 2e-2, r"train\.lr_peak=0\.01, the recipe now says 0\.02"),
         ("train__decay_at", (0.5,), r"train\.decay_at=\[0\.6, 0\.9\], the recipe now says \[0\.5\]"),
-        ("train__micro_batch_sequences", None, r"train\.micro_batch_sequences=2, the recipe now says None"),
+        ("train__micro_batch_sequences", 1, r"train\.micro_batch_sequences=2, the recipe now says 1"),
         ("data__sequence_length", 16, r"data\.sequence_length=32, the recipe now says 16"),
         ("model__norm_eps", 1e-5, r"model\.norm_eps=1e-06, the recipe now says 1e-05"),
     ],

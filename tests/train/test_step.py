@@ -261,7 +261,6 @@ def test_a_dense_model_has_neither_balance_nor_load() -> None:
     _, stats = gradients(model, [batch(vocab_size=model.cfg.vocab_size)], train_config(expert_balance_alpha=1.0))
     assert stats.balance_losses_L3.numel() == 0
     assert stats.expert_load_LE.numel() == 0
-    assert max_violation(stats.expert_load_LE) == 0
 
 
 def test_the_load_of_every_layer_adds_up_to_one(model: Transformer) -> None:
@@ -274,7 +273,6 @@ def test_the_load_of_every_layer_adds_up_to_one(model: Transformer) -> None:
 def test_the_violation_is_that_of_the_worst_layer() -> None:
     load = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.3, 0.2]])
     assert max_violation(load) == pytest.approx(0.6)
-    assert max_violation(load[:1]) == pytest.approx(0.0)
 
 
 # Dropping ---------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from dsv2.train.metrics import read_metrics
 
 SEQUENCE_LENGTH = 32
 STEPS = 12
+RAMP_STEPS = 3
 # They fall on different steps, so that nothing works only where two coincide.
 LOG_EVERY, CHECKPOINT_EVERY, EVAL_EVERY = 5, 4, 3
 
@@ -64,7 +65,9 @@ def recipe(corpus: Path, **train: Any) -> PretrainConfig:
     """A run over the corpus of `write_corpus`; keys of `train` on top."""
     every = {"log_every": LOG_EVERY, "checkpoint_every": CHECKPOINT_EVERY, "eval_every": EVAL_EVERY}
     sizes = {"steps": STEPS, "batch_sequences": 4, "micro_batch_sequences": 2, "eval_tokens": 100}
-    keys: dict[str, Any] = {"lr_peak": 1e-2, "warmup_steps": 2, "device": "cpu"} | sizes | every | train
+    # The first RAMP_STEPS batches have two sequences.
+    ramp = {"batch_ramp_from": 2, "batch_ramp_tokens": RAMP_STEPS * 2 * SEQUENCE_LENGTH}
+    keys: dict[str, Any] = {"lr_peak": 1e-2, "warmup_steps": 2, "device": "cpu"} | sizes | ramp | every | train
     return PretrainConfig(
         model=small_model(Tokenizer.load(corpus / "tokenizer").vocab_size),
         data=DataConfig(
