@@ -1,4 +1,4 @@
-"""A scheduler's `Step`, laid out as the rows of one forward pass. Numbers on the host; no torch.
+"""Entries of a scheduler's `Step`, laid out as the rows of one forward pass. Numbers on the host; no torch.
 
 Sequences of few tokens come first: they attend in MLA's absorbed form, those of longer chunks in the expanded one.
 """
@@ -8,22 +8,30 @@ from __future__ import annotations
 from collections import abc
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from dsv2.config.engine import MAX_DRAFT_TOKENS, PAGE_SIZE
-from dsv2.engine.scheduler import Scheduled, Step
+from dsv2.engine.scheduler import Scheduled
 from dsv2.engine.sequence import Sequence
 
 MAX_ABSORBED_TOKENS = 1 + MAX_DRAFT_TOKENS
 """Tokens up to which a sequence's part of a step counts as decoding."""
 
 
+class Tokens(NamedTuple):
+    """Ids [T] int64, and for those that the host does not know (id 0) where they are on the device, otherwise -1."""
+
+    ids: np.ndarray
+    sources: np.ndarray
+
+
 @dataclass(frozen=True)
 class Batch:
     """`entries` in the order of their rows; the first `num_absorbed` entries attend in the absorbed form.
 
-    `sources`: by arrival, which of the tokens drawn by the step before is the one that is pending.
+    `sources`: by arrival, which of the ids on the device is the first that the host does not know; others follow it.
     """
 
     entries: list[Scheduled]
@@ -31,9 +39,11 @@ class Batch:
     sources: abc.Mapping[int, int]
 
     @staticmethod
-    def of(step: Step, *, can_absorb: bool, sources: abc.Mapping[int, int]) -> Batch:
-        absorbed = [e for e in step.entries if can_absorb and e.num_tokens <= MAX_ABSORBED_TOKENS]
-        expanded = [e for e in step.entries if not can_absorb or e.num_tokens > MAX_ABSORBED_TOKENS]
+    def of(entries: abc.Iterable[Scheduled], *, can_absorb: bool, sources: abc.Mapping[int, int]) -> Batch:
+        absorbed, expanded = [], []
+        for entry in entries:
+            is_absorbed = can_absorb and entry.num_tokens <= MAX_ABSORBED_TOKENS
+            (absorbed if is_absorbed else expanded).append(entry)
         return Batch(absorbed + expanded, len(absorbed), sources)
 
     @cached_property
@@ -59,17 +69,19 @@ class Batch:
     def is_decode(self) -> bool:
         return self.num_absorbed == len(self.entries)
 
-    def tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [T] int64, and for those that are pending (id 0) their source [T] int64, otherwise -1."""
+    @cached_property
+    def tokens(self) -> Tokens:
+        """To be asked for before the scheduler is told anything else."""
         ids: list[int] = []
         sources = np.full(self.num_rows, -1, np.int64)
         for entry, stop in zip(self.entries, self.stops.tolist(), strict=True):
             known = entry.known_ids()
-            if not known:
-                known = [0]
-                sources[stop - 1] = self.sources[entry.sequence.arrival]
-            ids += known
-        return np.array(ids, dtype=np.int64), sources
+            num_unknown = entry.num_tokens - len(known)
+            if num_unknown:
+                first = self.sources[entry.sequence.arrival]
+                sources[stop - num_unknown : stop] = range(first, first + num_unknown)
+            ids += known + [0] * num_unknown
+        return Tokens(np.array(ids, dtype=np.int64), sources)
 
     def page_table(self) -> np.ndarray:
         """[B, P] int32, zeros after an entry's last page."""

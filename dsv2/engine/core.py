@@ -19,7 +19,8 @@ from dsv2.config.schema import require
 from dsv2.engine.draw import is_penalised
 from dsv2.engine.ngram import NgramDrafts
 from dsv2.engine.outputs import Delta, Logprob, LogprobsOfToken
-from dsv2.engine.runner import Drawn, Runner, Ticket, default_num_pages
+from dsv2.engine.paged import default_num_pages
+from dsv2.engine.runner import Drawn, Runner, Ticket
 from dsv2.engine.sampling import SamplingParams
 from dsv2.engine.scheduler import Scheduler, Step
 from dsv2.engine.sequence import FinishReason, Request, Sequence
@@ -38,7 +39,7 @@ class Engine:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer | None, config: EngineConfig) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        num_pages = default_num_pages(model, config) if config.num_pages is None else config.num_pages
+        num_pages = default_num_pages(config, model) if config.num_pages is None else config.num_pages
         self.scheduler = Scheduler(config, num_pages=num_pages, eos_token_ids=model.cfg.eos_token_ids)
         self.runner = Runner(model, num_pages, config)
         self._text_of = cache(lambda i: tokenizer.decode([i], skip_special_tokens=False) if tokenizer else "")

@@ -1,6 +1,6 @@
 """A scheduler's `Step` becomes one forward pass over the paged cache, and tokens of every sequence that draws.
 
-The only file of the engine that holds device memory from step to step. It decides nothing.
+Holds what stays on the device from step to step: the cache, and the tokens drawn last. It decides nothing.
 """
 
 from __future__ import annotations
@@ -13,17 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv2.config.counts import kv_elements_per_token
-from dsv2.config.engine import PAGE_SIZE, EngineConfig
+from dsv2.config.engine import EngineConfig
 from dsv2.device import to_device, to_host
 from dsv2.engine.batch import Batch, accept
-from dsv2.engine.decode import FixedDecoder, token_ids
+from dsv2.engine.decode import token_ids
 from dsv2.engine.draw import Candidates, Sampler, candidates, log_probs_of
+from dsv2.engine.paged import PagedModel, allocate_pages
 from dsv2.engine.scheduler import Scheduled, Step
-from dsv2.model import Context, Transformer
-
-CPU_CACHE_BYTES = 10**9
-"""What the cache may take on the CPU where nobody says how many pages it has."""
+from dsv2.model import Transformer
 
 LOGITS_ROWS = 1024
 """Rows of the prompt whose logits exist at once."""
@@ -52,53 +49,17 @@ class Results(NamedTuple):
     """Of an entry whose prompt's log-probabilities are wanted: the prompt's token after each of its positions."""
 
 
-def page_bytes(model: Transformer) -> int:
-    """Bytes of a page, all layers together."""
-    return PAGE_SIZE * kv_elements_per_token(model.cfg) * model.dtype.itemsize
-
-
-def default_num_pages(model: Transformer, config: EngineConfig) -> int:
-    """As many pages as the sequences of `config` can ever need, or as there is memory for.
-
-    Raises ValueError where there is no room for one.
-    """
-    needed = config.max_num_seqs * -(-config.max_model_len // PAGE_SIZE)
-    budget_bytes = CPU_CACHE_BYTES
-    if model.device.type == "cuda":
-        free_bytes, total_bytes = torch.cuda.mem_get_info(model.device)
-        budget_bytes = int(config.gpu_memory_utilization * total_bytes) - (total_bytes - free_bytes)
-    num_pages = min(needed, budget_bytes // page_bytes(model))
-    if num_pages < 1:
-        raise ValueError(
-            f"gpu_memory_utilization={config.gpu_memory_utilization} leaves {budget_bytes / 2**20:.0f} MiB for the "
-            f"cache, expected at least a page of {page_bytes(model) / 2**20:.1f} MiB on {model.device}"
-        )
-    return num_pages
-
-
 class Runner:
     """Computes steps with a model's own parameters, in its dtype, over `num_pages` pages of one allocation."""
 
     def __init__(self, model: Transformer, num_pages: int, config: EngineConfig) -> None:
-        self.model, cfg = model, model.cfg
-        shape = (cfg.num_layers, num_pages, PAGE_SIZE, kv_elements_per_token(cfg) // cfg.num_layers)
-        try:
-            self.cache_LPX = torch.empty(shape, device=model.device, dtype=model.dtype)
-        except torch.OutOfMemoryError as error:
-            free_bytes, _ = torch.cuda.mem_get_info(model.device)
-            raise ValueError(
-                f"num_pages={num_pages} of {page_bytes(model) / 2**20:.1f} MiB are more than {model.device} has free: "
-                f"num_pages={free_bytes // page_bytes(model)} would fit"
-            ) from error
-        model.join_projections()
-        self._can_absorb = cfg.attention.kind == "mla"
-        self._sampler = Sampler(cfg, model.device)
+        self.model = model
         max_drawn = config.max_num_seqs * (1 + config.num_draft_tokens)
         self._previous_ids = torch.zeros(max_drawn, dtype=torch.int64, device=model.device)
         self._sources: abc.Mapping[int, int] = {}
-        sizes = config.graph_sizes(model.device.type) if self._can_absorb else ()
-        max_pages = -(-config.max_model_len // PAGE_SIZE)
-        self._decoder = FixedDecoder(model, self.cache_LPX.unbind(), self._previous_ids, sizes, max_pages)
+        (self.cache_LPX,) = allocate_pages(num_pages, model)
+        self._paged = PagedModel(model, self.cache_LPX, self._previous_ids, config)
+        self._sampler = Sampler(model.cfg, model.device)
 
     @torch.inference_mode()
     def launch(self, step: Step, masks: abc.Mapping[int, np.ndarray] = _NO_MASKS) -> Ticket:
@@ -106,36 +67,16 @@ class Runner:
 
         `masks`: by arrival, bits [ceil(W / 32)] int32 of the tokens that a sequence may draw; none of it has drafts.
         """
-        batch = Batch.of(step, can_absorb=self._can_absorb, sources=self._sources)
-        ids, sources = batch.tokens()
-        hidden_TD = self._hidden(batch, ids, sources)
+        batch = Batch.of(step.entries, can_absorb=self._paged.can_absorb, sources=self._sources)
+        hidden_TD = self._paged.hidden(batch)
         prompt, drawn = self._prompt(batch, hidden_TD), None
         self._sources = {}
         if batch.sampling:
             rows = batch.drawing_rows()
             is_all = len(rows) == len(hidden_TD)
             logits_NW = self.model.logits(hidden_TD if is_all else hidden_TD[to_device(rows, self.model.device)])
-            drawn = self._draw(batch, logits_NW, sources[rows], masks)
+            drawn = self._draw(batch, logits_NW, batch.tokens.sources[rows], masks)
         return Ticket(step, batch, prompt, drawn, self.model.device)
-
-    def _hidden(self, batch: Batch, ids: np.ndarray, sources: np.ndarray) -> Tensor:
-        """Normalised hidden states [T, D] of the batch's rows."""
-        if batch.is_decode and self._decoder.fits(len(ids)):
-            histories, table = batch.histories()
-            return self._decoder.run(np.vstack((ids, sources, histories)), table)
-        device = self.model.device
-        tokens_T = to_device(ids, device)
-        if (sources >= 0).any():
-            tokens_T = token_ids(tokens_T, to_device(sources, device), self._previous_ids)
-        context = Context.cached(
-            self.cache_LPX.unbind(),
-            torch.from_numpy(batch.page_table()),
-            batch.starts.tolist(),
-            batch.counts.tolist(),
-            self.model.cfg.num_heads,
-            batch.num_absorbed,
-        )
-        return self.model.model(tokens_T, context)
 
     def _draw(
         self, batch: Batch, logits_NW: Tensor, sources: np.ndarray, masks: abc.Mapping[int, np.ndarray]

@@ -19,7 +19,8 @@ from dsv2.config.engine import PAGE_SIZE
 from dsv2.engine.generate import Sampling, generate
 from dsv2.engine.llm import LLM
 from dsv2.engine.outputs import RequestOutput
-from dsv2.engine.runner import CPU_CACHE_BYTES, Drawn, Results, Ticket, default_num_pages, page_bytes
+from dsv2.engine.paged import CPU_CACHE_BYTES, default_num_pages, page_bytes
+from dsv2.engine.runner import Drawn, Results, Ticket
 from dsv2.engine.sampling import SamplingParams
 from dsv2.engine.scheduler import Step
 from dsv2.model import Transformer
@@ -452,8 +453,8 @@ def test_an_interrupted_call_leaves_a_working_engine(lite, monkeypatch, where, n
 
 
 def test_the_cache_is_one_allocation_as_large_as_needed_and_at_most_1_gb_on_the_cpu(lite):
-    assert default_num_pages(lite, EngineConfig(max_model_len=130, max_num_seqs=5)) == 15
-    largest = default_num_pages(lite, EngineConfig(max_model_len=163840))
+    assert default_num_pages(EngineConfig(max_model_len=130, max_num_seqs=5), lite) == 15
+    largest = default_num_pages(EngineConfig(max_model_len=163840), lite)
     assert largest * page_bytes(lite) <= CPU_CACHE_BYTES < (largest + 1) * page_bytes(lite)
     cache_LPX = small_llm(lite, num_pages=3).engine.runner.cache_LPX
     assert cache_LPX.shape[:3] == (lite.cfg.num_layers, 3, PAGE_SIZE)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dsv2.config import EngineConfig
 from dsv2.engine.batch import accept
-from dsv2.engine.runner import Results, Runner, page_bytes
+from dsv2.engine.paged import page_bytes
+from dsv2.engine.runner import Results, Runner
 from dsv2.engine.sampling import SamplingParams
 from dsv2.engine.scheduler import Scheduler
 from dsv2.engine.sequence import Request
