@@ -299,7 +299,10 @@ def serve(
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 8192,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = 0.9,
     enable_prefix_caching: Annotated[bool, typer.Option(help="Share equal beginnings of prompts.")] = True,
-    num_draft_tokens: Annotated[int, typer.Option(help="Tokens guessed ahead from what repeats.")] = 0,
+    num_draft_tokens: Annotated[int, typer.Option(help="Tokens guessed ahead, 0 to 7; the text is the same.")] = 0,
+    draft_model: Annotated[
+        str | None, typer.Option(help="A small checkpoint that guesses them; default: what repeats.")
+    ] = None,
     max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = _SERVE.max_body_bytes,
     max_queued_seqs: Annotated[int, typer.Option(help="More are refused.")] = _SERVE.max_queued_seqs,
     max_connections: Annotated[int, typer.Option(help="At once.")] = _SERVE.max_connections,
@@ -334,6 +337,7 @@ def serve(
         gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
         num_draft_tokens=num_draft_tokens,
+        draft_model=draft_model,
     )
 
 

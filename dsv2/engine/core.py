@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import abc, deque
+from dataclasses import dataclass
 from functools import cache
 from typing import cast
 
@@ -16,13 +17,14 @@ import numpy as np
 
 from dsv2.config.engine import EngineConfig
 from dsv2.config.schema import require
+from dsv2.engine.draft import check_draft_model
 from dsv2.engine.draw import is_penalised
 from dsv2.engine.ngram import NgramDrafts
 from dsv2.engine.outputs import Delta, Logprob, LogprobsOfToken
 from dsv2.engine.paged import default_num_pages
 from dsv2.engine.runner import Drawn, Runner, Ticket
 from dsv2.engine.sampling import SamplingParams
-from dsv2.engine.scheduler import Scheduler, Step
+from dsv2.engine.scheduler import OPEN_DRAFT, Scheduler, Step
 from dsv2.engine.sequence import FinishReason, Request, Sequence
 from dsv2.engine.stops import StopStrings
 from dsv2.engine.structured import Grammars, Matcher
@@ -30,18 +32,46 @@ from dsv2.model import Transformer
 from dsv2.text import StreamDecoder, Tokenizer
 
 
+@dataclass(slots=True)
+class DraftCounts:
+    """Of all steps so far: drafts, which are of one sequence in one step, their tokens, and those that were right."""
+
+    num_drafts: int = 0
+    num_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+    def add(self, num_tokens: int, num_accepted_tokens: int) -> None:
+        """Without effect where nothing was drafted."""
+        if num_tokens:
+            self.num_drafts += 1
+            self.num_tokens += num_tokens
+            self.num_accepted_tokens += num_accepted_tokens
+
+
 class Engine:
     """Continuous batching over a paged cache. All attributes are for reading.
 
-    `model` is used where it is, with its parameters as they are at every step. Raises ValueError where there is no
-    memory for a page of the cache.
+    `model` is used where it is, with its parameters as they are at every step; so is `draft_model`, which guesses
+    tokens instead of looking for what repeats. Raises ValueError where that has another vocabulary or device, and where
+    there is no memory for a page of the cache.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer | None, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        config: EngineConfig,
+        draft_model: Transformer | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        num_pages = default_num_pages(config, model) if config.num_pages is None else config.num_pages
+        self.draft_counts = DraftCounts()
+        self._has_draft_model = draft_model is not None
+        if draft_model is not None:
+            check_draft_model(draft_model, model, config)
+        models = [model] if draft_model is None else [model, draft_model]
+        num_pages = default_num_pages(config, *models) if config.num_pages is None else config.num_pages
         self.scheduler = Scheduler(config, num_pages=num_pages, eos_token_ids=model.cfg.eos_token_ids)
-        self.runner = Runner(model, num_pages, config)
+        self.runner = Runner(model, num_pages, config, draft_model)
         self._text_of = cache(lambda i: tokenizer.decode([i], skip_special_tokens=False) if tokenizer else "")
         self._requests: dict[str, Request] = {}  # unfinished ones
         self._answers: dict[Sequence, _Answer] = {}  # of unfinished sequences
@@ -166,6 +196,8 @@ class Engine:
         if not num_tokens:
             return {}
         ready = (s for s in self.scheduler.running if s.num_uncomputed_tokens == 1 and _takes_drafts(s))
+        if self._has_draft_model:
+            return {s.arrival: [OPEN_DRAFT] * num_tokens for s in ready}
         return {s.arrival: self._answers[s].ngrams.propose(s.token_ids, num_tokens) for s in ready}
 
     def _take(self) -> list[Delta]:
@@ -181,6 +213,7 @@ class Engine:
         num_kept = self.scheduler.complete(step, ids)
         deltas = []
         for entry, drawn, prompt, count in zip(step.entries, results.drawn, results.prompt, num_kept, strict=True):
+            self.draft_counts.add(len(entry.draft_ids), len(drawn) - 1)
             answer = self._answers.get(entry.sequence)
             if answer is None:  # it ended while the step ran
                 continue

@@ -43,12 +43,15 @@ class LLM:
         max_model_len: tokens of a sequence, prompt and output; None: the model's `max_position_embeddings`.
         num_pages: of 64 tokens; None: as many as the sequences can need, within 1 GB on the CPU, or within what
             `gpu_memory_utilization` leaves on a GPU.
-        num_draft_tokens: tokens a step that are guessed from what a sequence repeats, and kept where the model draws
-            the same; 0: none. Outputs are the same, and come sooner where few sequences run and much is repeated.
+        num_draft_tokens: tokens a step that are guessed, and kept where the model draws the same; 0: none. Outputs are
+            the same, and come sooner where few sequences run and guesses are good.
+        draft_model: a smaller model of the same vocabulary, which guesses them, or where to read it, in the same dtype;
+            None: guessed is what a sequence repeats.
         adapter: LoRA weights to begin with, see `set_adapter`.
 
     The other arguments are `EngineConfig`'s. Raises ValueError for limits outside their ranges, for a device or dtype
-    that the given model does not have, and for what `load`, `Tokenizer.load` and `set_adapter` refuse.
+    that the given model does not have, for a draft model of another vocabulary or device or without tokens to draft,
+    and for what `load`, `Tokenizer.load` and `set_adapter` refuse.
     """
 
     def __init__(
@@ -66,7 +69,9 @@ class LLM:
         enable_prefix_caching: bool = True,
         num_draft_tokens: int = 0,
         adapter: str | Path | None = None,
+        draft_model: Transformer | str | Path | None = None,
     ) -> None:
+        dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
         model, tokenizer = _load(model, tokenizer, device, dtype)
         config = EngineConfig(
             max_model_len=model.cfg.max_position_embeddings if max_model_len is None else max_model_len,
@@ -77,7 +82,9 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             num_draft_tokens=num_draft_tokens,
         )
-        self.engine = Engine(model, tokenizer, config)
+        if isinstance(draft_model, (str, Path)):
+            draft_model = load(resolve(draft_model), device=model.device, dtype=dtype)
+        self.engine = Engine(model, tokenizer, config, draft_model)
         self._originals: dict[str, Tensor] = {}  # of the weights that an adapter has changed
         if adapter is not None:
             self.set_adapter(adapter)
@@ -260,10 +267,9 @@ def _load(
     model: Transformer | str | Path,
     tokenizer: Tokenizer | str | Path | None,
     device: str | torch.device | None,
-    dtype: str | torch.dtype | None,
+    dtype: torch.dtype | None,
 ) -> tuple[Transformer, Tokenizer | None]:
     device = None if device is None else pick_device(str(device))
-    dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
     if isinstance(model, Transformer):
         own = model.device
         is_there = device is None or (device.type == own.type and device.index in (None, own.index))

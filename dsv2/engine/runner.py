@@ -17,6 +17,7 @@ from dsv2.config.engine import EngineConfig
 from dsv2.device import to_device, to_host
 from dsv2.engine.batch import Batch, accept
 from dsv2.engine.decode import token_ids
+from dsv2.engine.draft import DraftModel, Guesses
 from dsv2.engine.draw import Candidates, Sampler, candidates, log_probs_of
 from dsv2.engine.paged import PagedModel, allocate_pages
 from dsv2.engine.scheduler import Scheduled, Step
@@ -50,16 +51,24 @@ class Results(NamedTuple):
 
 
 class Runner:
-    """Computes steps with a model's own parameters, in its dtype, over `num_pages` pages of one allocation."""
+    """Computes steps with a model's own parameters, in its dtype, over `num_pages` pages of one allocation.
 
-    def __init__(self, model: Transformer, num_pages: int, config: EngineConfig) -> None:
+    `draft_model` draws the drafts that steps leave open; no step then has pending tokens.
+    """
+
+    def __init__(
+        self, model: Transformer, num_pages: int, config: EngineConfig, draft_model: Transformer | None = None
+    ) -> None:
         self.model = model
         max_drawn = config.max_num_seqs * (1 + config.num_draft_tokens)
         self._previous_ids = torch.zeros(max_drawn, dtype=torch.int64, device=model.device)
         self._sources: abc.Mapping[int, int] = {}
-        (self.cache_LPX,) = allocate_pages(num_pages, model)
+        self.cache_LPX, *drafts_LPX = allocate_pages(num_pages, model, *([draft_model] if draft_model else []))
         self._paged = PagedModel(model, self.cache_LPX, self._previous_ids, config)
         self._sampler = Sampler(model.cfg, model.device)
+        self._drafts = None
+        if draft_model is not None:
+            self._drafts = DraftModel(draft_model, drafts_LPX[0], self._previous_ids, config)
 
     @torch.inference_mode()
     def launch(self, step: Step, masks: abc.Mapping[int, np.ndarray] = _NO_MASKS) -> Ticket:
@@ -67,7 +76,9 @@ class Runner:
 
         `masks`: by arrival, bits [ceil(W / 32)] int32 of the tokens that a sequence may draw; none of it has drafts.
         """
-        batch = Batch.of(step.entries, can_absorb=self._paged.can_absorb, sources=self._sources)
+        guesses = None if self._drafts is None else self._drafts.propose(step)
+        sources = self._sources if guesses is None else guesses.places
+        batch = Batch.of(step.entries, can_absorb=self._paged.can_absorb, sources=sources)
         hidden_TD = self._paged.hidden(batch)
         prompt, drawn = self._prompt(batch, hidden_TD), None
         self._sources = {}
@@ -76,7 +87,7 @@ class Runner:
             is_all = len(rows) == len(hidden_TD)
             logits_NW = self.model.logits(hidden_TD if is_all else hidden_TD[to_device(rows, self.model.device)])
             drawn = self._draw(batch, logits_NW, batch.tokens.sources[rows], masks)
-        return Ticket(step, batch, prompt, drawn, self.model.device)
+        return Ticket(step, batch, prompt, drawn, guesses, self.model.device)
 
     def _draw(
         self, batch: Batch, logits_NW: Tensor, sources: np.ndarray, masks: abc.Mapping[int, np.ndarray]
@@ -151,10 +162,11 @@ class Ticket:
         batch: Batch,
         prompt: abc.Mapping[int, list[_OnHost]],
         drawn: _OnHost | None,
+        guesses: Guesses | None,
         device: torch.device,
     ) -> None:
         self.step = step
-        self._batch, self._prompt, self._drawn = batch, prompt, drawn
+        self._batch, self._prompt, self._drawn, self._guesses = batch, prompt, drawn, guesses
         self._event: torch.cuda.Event | None = None
         if device.type == "cuda":
             self._event = torch.cuda.Event()
@@ -180,7 +192,8 @@ class Ticket:
         rest, results = iter(drawn), {}
         for entry, _ in self._batch.sampling:
             tokens = [next(rest) for _ in range(1 + len(entry.draft_ids))]
-            num = accept(entry.draft_ids, [each.token_id for each in tokens])
+            draft_ids = entry.draft_ids if self._guesses is None else self._guesses.of(entry)
+            num = accept(draft_ids, [each.token_id for each in tokens])
             results[entry.sequence.arrival] = tokens[:num]
         return results
 

@@ -25,6 +25,9 @@ from dsv2.config.schema import require
 from dsv2.engine.blocks import PagePool
 from dsv2.engine.sequence import FinishReason, Request, Sequence, Status
 
+OPEN_DRAFT = -1
+"""Stands for a draft that is not known yet: a draft model draws it when the step runs."""
+
 _NO_DRAFTS: abc.Mapping[int, abc.Sequence[int]] = MappingProxyType({})
 
 
@@ -45,12 +48,12 @@ class Scheduled(NamedTuple):
     """How often the sequence had been preempted: with every time its pages are new ones."""
 
     def known_ids(self) -> list[int]:
-        """The ids of the positions, drafts included. Empty where the only one is still pending, on the device.
+        """The ids of the positions, up to those that only the device knows: a pending token, or open drafts.
 
         To be called before the scheduler is told anything else.
         """
         stop = self.start + self.num_tokens - len(self.draft_ids)
-        return [*self.sequence.token_ids[self.start : stop], *self.draft_ids]
+        return [*self.sequence.token_ids[self.start : stop], *(i for i in self.draft_ids if i != OPEN_DRAFT)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +135,9 @@ class Scheduler:
     def schedule(self, drafts: abc.Mapping[int, abc.Sequence[int]] = _NO_DRAFTS) -> Step | None:
         """The next step, or None where nothing can run before a step in flight is complete, or nothing is left.
 
-        `drafts`: by arrival, ids that may follow a sequence's known tokens. As many of them are taken as budget, free
-        pages and the sequence's length allow: none where it is not about to compute its last token, and known.
+        `drafts`: by arrival, ids that may follow a sequence's known tokens; all are known, or none. As many of them are
+        taken as budget, free pages and the sequence's length allow: none where it is not about to compute its last
+        token, and known.
         """
         budget = self.config.max_num_batched_tokens
         decoding = self._grow()

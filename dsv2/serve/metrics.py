@@ -77,10 +77,10 @@ class Stats:
 
 
 class _Collector(Collector):
-    """Reads `stats` and the engine's scheduler whenever somebody asks."""
+    """Reads `stats` and the engine's own counts whenever somebody asks."""
 
     def __init__(self, stats: Stats, engine: Engine, model_name: str) -> None:
-        self._stats, self._scheduler = stats, engine.scheduler
+        self._stats, self._scheduler, self._drafts = stats, engine.scheduler, engine.draft_counts
         self._labels = {"model_name": model_name}
 
     def collect(self) -> Iterator[Metric]:
@@ -95,6 +95,12 @@ class _Collector(Collector):
         yield self._counter("prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.num_prompt_tokens)
         yield self._counter("prefix_cache_hits", "Tokens found in the prefix cache.", stats.num_cached_tokens)
         yield self._counter("num_preemptions", "Times a sequence lost its pages.", stats.num_preemptions)
+        drafts = self._drafts
+        yield self._counter("spec_decode_num_drafts", "Drafts, each of a sequence's step.", drafts.num_drafts)
+        yield self._counter("spec_decode_num_draft_tokens", "Tokens drafted.", drafts.num_tokens)
+        yield self._counter(
+            "spec_decode_num_accepted_tokens", "Drafted tokens that were right.", drafts.num_accepted_tokens
+        )
         yield self._finished()
         for name, text, histogram in (
             (

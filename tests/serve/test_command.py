@@ -10,9 +10,13 @@ from typing import Any, cast
 
 import pytest
 from fastapi import FastAPI
+from typer.testing import CliRunner
 
+from dsv2 import cli
 from dsv2.adapters import merge_adapter
 from dsv2.config.serve import ServeConfig
+from dsv2.engine.core import DraftCounts
+from dsv2.engine.sampling import SamplingParams
 from dsv2.serve.app import Api
 from dsv2.serve.command import _allowed_connections, serve
 from dsv2.serve.server import Server
@@ -68,6 +72,18 @@ def test_an_adapted_model_is_served_as_the_child_of_its_base(
     expected = load(path)
     merge_adapter(adapter, expected)
     assert same(state(api.loop.engine.model), state(expected))
+
+
+def test_a_draft_model_is_read_beside_it(tmp_path: Path, servers: list[Server]) -> None:
+    save(get_model(), tmp_path, tokenizer=get_tokenizer())
+    options = ["--draft-model", str(tmp_path), "--num-draft-tokens", "3", "--device", "cpu", "--max-model-len", "64"]
+    done = CliRunner().invoke(cli.app, ["serve", str(tmp_path), *options], catch_exceptions=False)
+    assert done.exit_code == 0
+    engine = api_of(servers[0]).loop.engine
+    engine.add([5, 6, 7], SamplingParams(max_tokens=9, ignore_eos=True))
+    while engine.has_unfinished:
+        engine.step()
+    assert engine.draft_counts == DraftCounts(num_drafts=2, num_tokens=6, num_accepted_tokens=6)
 
 
 def test_connections_stay_within_what_the_system_allows(monkeypatch: pytest.MonkeyPatch) -> None:

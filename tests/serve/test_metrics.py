@@ -67,3 +67,18 @@ def test_preemptions_are_counted() -> None:
         body = BODY | {"prompt": [[i] * 60 for i in range(2)], "max_tokens": 100}
         assert client.post("/v1/completions", json=body).status_code == 200
         assert dict(samples(client))["dsv2:num_preemptions_total"] > 0
+
+
+def test_drafts_are_counted_under_vllms_names() -> None:
+    engine = new_engine(num_draft_tokens=3)
+    with serving(engine) as live, live.client() as client:
+        # What repeats in the prompt is drafted, and a bias makes it right.
+        body = BODY | {"max_tokens": 9, "logit_bias": {"7": 100}}
+        assert client.post("/v1/completions", json=body).status_code == 200
+        said = dict(samples(client))
+    expected = {
+        "dsv2:spec_decode_num_drafts_total": 2,
+        "dsv2:spec_decode_num_draft_tokens_total": 6,
+        "dsv2:spec_decode_num_accepted_tokens_total": 6,
+    }
+    assert {name: said[name] for name in expected} == expected
