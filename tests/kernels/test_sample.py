@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv2.kernels.case import Maker
 from dsv2.kernels.sample import kernel, reference, sample
-from dsv2.kernels.sample.cases import ROWS, parameters, penalties
+from dsv2.kernels.sample.cases import ROWS, Row, parameters, penalties
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32_MAX = torch.finfo(torch.float32).max
@@ -131,8 +131,8 @@ def test_exactly_the_tokens_that_a_sort_keeps_are_drawn(limits: dict[str, float]
     limits_B = rows(120, **row)
     ids, _ = reference.sample(logits.expand(120, -1), **limits_B)
     assert set(ids.tolist()) == expected
-    some = {name: x[:4] for name, x in limits_B.items()}
-    assert torch.equal(kernel.sample(logits.expand(4, -1), **some)[0], ids[:4])
+    some = {name: x[:2] for name, x in limits_B.items()}
+    assert torch.equal(kernel.sample(logits.expand(2, -1), **some)[0], ids[:2])
 
 
 def test_top_k_1_and_a_tiny_top_p_are_greedy_whatever_the_noise() -> None:
@@ -145,11 +145,22 @@ def test_top_k_1_and_a_tiny_top_p_are_greedy_whatever_the_noise() -> None:
 # Rows -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("penalised", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_row_draws_the_same_alone_and_in_any_batch(penalised: bool) -> None:
+FEW_ROWS = ROWS[1::3]
+"""Greedy, each limit alone, and all together."""
+
+
+@pytest.mark.parametrize(
+    ("some", "penalised"),
+    [
+        pytest.param(ROWS, False, marks=pytest.mark.slow, id="plain"),
+        pytest.param(ROWS, True, marks=pytest.mark.slow, id="penalised"),
+        pytest.param(FEW_ROWS, True, id="few-penalised"),
+    ],
+)
+def test_a_row_draws_the_same_alone_and_in_any_batch(some: tuple[Row, ...], penalised: bool) -> None:
     maker = Maker.seeded(0, DEVICE)
-    B = len(ROWS)
-    inputs = {"logits": normal(B, 300)} | parameters(maker, ROWS) | (penalties(maker, B, 300) if penalised else {})
+    B = len(some)
+    inputs = {"logits": normal(B, 300)} | parameters(maker, some) | (penalties(maker, B, 300) if penalised else {})
     ids, log_probs = kernel.sample(**inputs)
     order = torch.arange(B - 1, -1, -1, device=DEVICE)
     alone = [kernel.sample(**{name: x[i : i + 1] for name, x in inputs.items()}) for i in range(B)]
@@ -161,12 +172,19 @@ def test_a_row_draws_the_same_alone_and_in_any_batch(penalised: bool) -> None:
         assert torch.equal(other_log_probs, log_probs)
 
 
-@pytest.mark.parametrize(("segment", "block"), [pytest.param(64, 1024, marks=pytest.mark.slow), pytest.param(256, 256)])
+@pytest.mark.parametrize(
+    ("segment", "block", "some"),
+    [
+        pytest.param(64, 1024, ROWS, marks=pytest.mark.slow, id="64-1024"),
+        pytest.param(256, 256, ROWS, marks=pytest.mark.slow, id="256-256"),
+        pytest.param(256, 256, FEW_ROWS, id="few-256-256"),
+    ],
+)
 def test_the_size_of_segments_and_blocks_does_not_matter(
-    segment: int, block: int, monkeypatch: pytest.MonkeyPatch
+    segment: int, block: int, some: tuple[Row, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maker = Maker.seeded(1, DEVICE)
-    inputs = {"logits": normal(len(ROWS), 700)} | parameters(maker, ROWS)
+    inputs = {"logits": normal(len(some), 700)} | parameters(maker, some)
     ids, _ = kernel.sample(**inputs)
     monkeypatch.setattr(kernel, "SEGMENT", segment)
     monkeypatch.setattr(kernel, "BLOCK", block)
