@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import re
 import shlex
 import shutil
@@ -16,11 +16,15 @@ import torch
 from typer.testing import CliRunner
 
 from dsv2 import cli
+from dsv2.demo import DemoConfig
 from dsv2.serve.process import await_server
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-HUB_ID = "deepseek-ai/DeepSeek-V2-Lite-Chat"
+# Sizes at which every stage of the demo does something; tests/test_demo.py shows what larger ones learn.
+DEMO = dataclasses.replace(
+    DemoConfig.quick(), english_bytes=200_000, chinese_bytes=50_000, code_bytes=100_000, batch_sequences=1, steps=2
+)
 
 
 def blocks(language: str) -> list[str]:
@@ -35,6 +39,10 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A newcomer's directory: the recipes, some text, and a hub that serves a small model under the official name."""
     directory = tmp_path_factory.mktemp("newcomer")
     shutil.copytree(ROOT / "recipes", directory / "recipes")
+    small = directory / "recipes" / "small.toml"
+    text = small.read_text(encoding="utf-8")
+    assert "batch_sequences = 8" in text
+    small.write_text(text.replace("batch_sequences = 8", "batch_sequences = 1"), encoding="utf-8")  # as many steps
     (directory / "my_text").mkdir()
     for i in range(40):
         sentences = [
@@ -43,7 +51,9 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (directory / "my_text" / f"{i}.txt").write_text("".join(sentences), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
+        patch.setenv("PYTHONPATH", str(ROOT))
         patch.setattr(cli, "stop_on_signal", lambda: lambda: False)
+        patch.setattr(DemoConfig, "quick", lambda: DEMO)
         patch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: "runs/small/checkpoints/step-00000200")
         yield directory
 
@@ -58,9 +68,7 @@ class Running:
     """A server, as in another terminal, from the time it answers."""
 
     def __init__(self, workdir: Path, arguments: list[str]) -> None:
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "dsv2", *arguments]
-        self.process = subprocess.Popen(command, cwd=workdir, env=environment)
+        self.process = subprocess.Popen([sys.executable, "-m", "dsv2", *arguments], cwd=workdir)
         await_server(f"http://127.0.0.1:{arguments[arguments.index('--port') + 1]}", self.process)
 
     def stop(self) -> None:
