@@ -39,6 +39,10 @@ pre b { background: #e3ecfa; font-weight: normal; } .note { color: #555; }
 """
 
 
+# Of load times the number of experts: balance is the middle.
+_HEAT: dict[str, Any] = {"aspect": "auto", "cmap": "viridis", "vmin": 0, "vmax": 2}
+
+
 @dataclass(slots=True)
 class Section:
     """A heading, an optional sentence, an optional table, and optional markup that is already safe."""
@@ -60,7 +64,7 @@ def write_report(path: Path, title: str, sections: Sequence[Section]) -> None:
 
 
 def run_sections(run_dir: Path) -> list[Section]:
-    """What every training run shows: losses, held-out bits per byte, learning rate, expert load.
+    """What every training run shows: losses, held-out bits per byte, learning rate, expert load, balance.
 
     Raises ValueError where the directory holds no metrics.
     """
@@ -73,12 +77,19 @@ def run_sections(run_dir: Path) -> list[Section]:
     if evals:
         note = "Text the model never saw, by source; lower is better."
         sections.append(Section("Held-out bits per byte", note, markup=_held_out_plot(evals)))
-    if steps[-1]["expert_load"]:
+    if "expert_load" in steps[-1]:
         note = (
             "Share of the routed tokens that each expert received over the last steps, times the number of experts: "
-            "1 is balance. Below: the busiest expert over the mean, minus 1, worst layer, as training went on."
+            "1 is balance. Below: the busiest expert over the mean, worst layer, as training went on."
         )
         sections.append(Section("Expert load", note, markup=_load_plot(steps)))
+        note = "The same share from the first steps to the last; a row is an expert."
+        sections.append(Section("Expert load over time", note, markup=_load_history_plot(steps)))
+        note = (
+            "Losses before their weights (1 is balance), devices that a token is sent to, and the share of the routed "
+            "tokens that were dropped because a device was full; means over the layers."
+        )
+        sections.append(Section("Balance between devices", note, markup=_balance_plot(steps)))
     return sections
 
 
@@ -198,16 +209,55 @@ def _load_plot(steps: Sequence[dict[str, Any]]) -> str:
     load = steps[-1]["expert_load"]
     num_experts = len(load[0])
     figure = _figure(1.6 + 0.28 * len(load) + 1.6)
-    heat, violation = figure.subplots(2, 1, height_ratios=(0.28 * len(load) + 0.4, 1.6))
-    image = heat.imshow([[x * num_experts for x in row] for row in load], aspect="auto", cmap="viridis", vmin=0, vmax=2)
-    heat.set_yticks(range(len(load)), [f"MoE layer {i + 1}" for i in range(len(load))])
+    heat, busiest = figure.subplots(2, 1, height_ratios=(0.28 * len(load) + 0.4, 1.6))
+    image = heat.imshow([[x * num_experts for x in row] for row in load], **_HEAT)
+    heat.set_yticks(range(len(load)), _layer_names(load))
     heat.set_xlabel("expert")
     figure.colorbar(image, ax=heat, label="load x E")
-    violation.plot([r["step"] for r in steps], [r["load_max_violation"] for r in steps], color="#b6553b")
-    violation.set_xlabel("step")
-    violation.set_ylabel("max / mean - 1")
-    violation.set_ylim(bottom=0)
+    worst = [max(r["load_max_over_mean"].values()) for r in steps]
+    busiest.plot([r["step"] for r in steps], worst, color="#b6553b")
+    busiest.set_xlabel("step")
+    busiest.set_ylabel("max / mean")
+    busiest.set_ylim(bottom=1)
     return _svg(figure)
+
+
+def _load_history_plot(steps: Sequence[dict[str, Any]]) -> str:
+    """One column a record, one row an expert, layer under layer."""
+    load = steps[-1]["expert_load"]
+    num_layers, num_experts = len(load), len(load[0])
+    figure = _figure(1.2 + 0.6 * num_layers)
+    axes = figure.subplots()
+    columns = [[x * num_experts for row in r["expert_load"] for x in row] for r in steps]
+    image = axes.imshow(list(zip(*columns, strict=True)), interpolation="nearest", **_HEAT)
+    axes.set_yticks([(i + 0.5) * num_experts - 0.5 for i in range(num_layers)], _layer_names(load))
+    for i in range(1, num_layers):
+        axes.axhline(i * num_experts - 0.5, color="white", linewidth=1.5)
+    shown = range(0, len(steps), max(len(steps) // 8, 1))
+    axes.set_xticks(list(shown), [str(steps[i]["step"]) for i in shown])
+    axes.set_xlabel("step")
+    figure.colorbar(image, ax=axes, label="load x E")
+    return _svg(figure)
+
+
+def _balance_plot(steps: Sequence[dict[str, Any]]) -> str:
+    figure = _figure(4.6)
+    losses, devices, dropped = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1))
+    at = [r["step"] for r in steps]
+    for name in steps[-1]["balance_loss"]:
+        losses.plot(at, [r["balance_loss"][name] for r in steps], label=name)
+    losses.set_ylabel("balance loss")
+    losses.legend()
+    devices.plot(at, [r["devices_per_token"] for r in steps], color="#3b6fb6")
+    devices.set_ylabel("devices")
+    dropped.plot(at, [100 * r["drop_rate"] for r in steps], color="#b6553b")
+    dropped.set_ylabel("dropped [%]")
+    dropped.set_xlabel("step")
+    return _svg(figure)
+
+
+def _layer_names(load: Sequence[Any]) -> list[str]:
+    return [f"MoE layer {i}" for i in range(1, len(load) + 1)]
 
 
 def _label(text: str) -> str:

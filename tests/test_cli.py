@@ -250,7 +250,7 @@ def test_chat_answers_a_templated_prompt_without_repeating_it(corpus):
 
 
 def test_report_writes_the_page_of_a_run_where_it_is_told(tmp_path):
-    record = {"step": 1, "tokens": 8, "loss": 2.0, "lr": 0.1, "load_max_violation": 0.0, "expert_load": []}
+    record = {"step": 1, "tokens": 8, "loss": 2.0, "lr": 0.1}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     for arguments, page in (([], "report.html"), (["--out", str(tmp_path / "other.html")], "other.html")):
         assert run("report", str(tmp_path), *arguments).stdout == f"wrote {tmp_path / page}\n"

@@ -10,7 +10,14 @@ import pytest
 
 from dsv2.report import Section, bar_plot, data_sections, run_sections, samples_section, write_report
 
-STEP = {"tokens": 100, "loss": 2.0, "lr": 0.1, "load_max_violation": 0.5, "expert_load": [[0.5, 0.5], [0.7, 0.3]]}
+DENSE_STEP = {"tokens": 100, "loss": 2.0, "lr": 0.1}
+STEP = DENSE_STEP | {
+    "balance_loss": {"expert": 1.1, "device": 1.05, "communication": 0.8},
+    "drop_rate": 0.02,
+    "devices_per_token": 1.6,
+    "load_max_over_mean": {"moe_layer_1": 1.0, "moe_layer_2": 1.4},
+    "expert_load": [[0.5, 0.5], [0.7, 0.3]],
+}
 
 
 def run_with(tmp_path: Path, *records: dict) -> Path:
@@ -21,12 +28,15 @@ def run_with(tmp_path: Path, *records: dict) -> Path:
 def test_a_run_shows_loss_held_out_text_and_load(tmp_path):
     run = run_with(tmp_path, {"step": 0, "held_out_bits_per_byte": {"a": 3.0}}, {"step": 1, **STEP})
     sections = run_sections(run)
-    assert [s.title for s in sections] == ["Training loss", "Held-out bits per byte", "Expert load"]
+    assert [s.title for s in sections] == [
+        *("Training loss", "Held-out bits per byte"),
+        *("Expert load", "Expert load over time", "Balance between devices"),
+    ]
     assert all(s.markup.startswith("<svg") for s in sections)
 
 
 def test_a_dense_run_has_no_load(tmp_path):
-    sections = run_sections(run_with(tmp_path, {"step": 1, **STEP, "expert_load": []}))
+    sections = run_sections(run_with(tmp_path, {"step": 1, **DENSE_STEP}))
     assert [s.title for s in sections] == ["Training loss"]
 
 
@@ -74,7 +84,7 @@ def test_the_page_holds_titles_tables_and_plots(tmp_path):
     assert "<th>bits</th>" in page
     assert "<td>1.234</td>" in page
     assert "A note." in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 4
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
@@ -104,4 +114,11 @@ def test_prepared_data_shows_outcomes_mixture_lengths_and_examples(tmp_path):
 
 def test_a_source_that_appears_later_is_drawn_from_then_on(tmp_path):
     evals = [{"step": i, "held_out_bits_per_byte": {"a": 3.0} | ({"b": 2.0} if i else {})} for i in range(3)]
-    assert len(run_sections(run_with(tmp_path, *evals, {"step": 3, **STEP}))) == 3
+    assert len(run_sections(run_with(tmp_path, *evals, {"step": 3, **DENSE_STEP}))) == 2
+
+
+def test_the_load_of_every_record_and_layer_stands_in_the_history(tmp_path):
+    records = [{"step": step, **STEP} for step in (10, 20, 30, 34)]
+    (section,) = [s for s in run_sections(run_with(tmp_path, *records)) if s.title == "Expert load over time"]
+    for label in ("10", "20", "30", "34", "MoE layer 1", "MoE layer 2"):
+        assert f">{label}</text>" in section.markup, label

@@ -29,7 +29,7 @@ from dsv2.train.evaluate import bits_per_byte
 from dsv2.train.metrics import METRICS_FILE, MetricsLog, RunProgress
 from dsv2.train.optim import adamw
 from dsv2.train.schedule import Schedule
-from dsv2.train.step import StepStats, max_violation, train_step
+from dsv2.train.step import StepStats, max_over_mean, train_step
 
 CONFIG_FILE = "config.toml"
 BALANCE_LOSSES = ("expert", "device", "communication")
@@ -233,15 +233,17 @@ class _Meter:
 
 def _of_experts(mean: dict[str, Tensor]) -> dict[str, Any]:
     """Averages over the MoE layers, and the load of each; nothing for a dense model."""
-    if not len(mean["expert_load_LE"]):
-        return {"load_max_violation": 0.0, "expert_load": []}
+    load_LE = mean["expert_load_LE"]
+    if not len(load_LE):
+        return {}
     losses = mean["balance_losses_L3"].mean(0).tolist()
     return {
         "balance_loss": dict(zip(BALANCE_LOSSES, losses, strict=True)),
         "drop_rate": float(mean["drop_rate_L"].mean()),
         "devices_per_token": float(mean["devices_per_token_L"].mean()),
-        "load_max_violation": max_violation(mean["expert_load_LE"]),
-        "expert_load": [[round(x, 5) for x in row] for row in mean["expert_load_LE"].tolist()],
+        # By name, as TensorBoard wants it.
+        "load_max_over_mean": {f"moe_layer_{i}": x for i, x in enumerate(max_over_mean(load_LE).tolist(), 1)},
+        "expert_load": [[round(x, 5) for x in row] for row in load_LE.tolist()],
     }
 
 

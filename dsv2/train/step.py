@@ -117,6 +117,6 @@ def _layer_figures(
     return [torch.stack(of_layers) for of_layers in zip(*layers, strict=True)]
 
 
-def max_violation(expert_load_LE: Tensor) -> float:
-    """Load of the busiest expert over the mean, minus 1, worst layer; 0 when balanced."""
-    return float((expert_load_LE.amax(1) / expert_load_LE.mean(1)).max() - 1)
+def max_over_mean(expert_load_LE: Tensor) -> Tensor:
+    """Load of the busiest expert over the mean, by layer, [L]; 1 when balanced."""
+    return expert_load_LE.amax(1) / expert_load_LE.mean(1)

@@ -99,6 +99,8 @@ def test_a_record_says_rate_tokens_and_load(finished: Path) -> None:
     load = torch.tensor(record["expert_load"])
     assert load.shape == (2, 8)
     assert torch.allclose(load.sum(1), torch.ones(2), atol=1e-4)
+    busiest = {f"moe_layer_{i}": pytest.approx(8 * max(row), abs=1e-3) for i, row in enumerate(load.tolist(), 1)}
+    assert record["load_max_over_mean"] == busiest
 
 
 def test_the_last_evaluation_takes_all_of_the_held_out_text(corpus: Path, finished: Path) -> None:
@@ -169,6 +171,7 @@ def test_a_dense_model_stopped_between_two_records_goes_on(corpus: Path, tmp_pat
         for stop_at in (*stops, None):
             run(cfg, tmp_path / name, stop_at)
     assert_same_run(tmp_path / "cut", tmp_path / "whole", step=4)
+    assert not {"balance_loss", "expert_load"} & read_metrics(tmp_path / "cut")[-2].keys()
 
 
 def test_stopped_after_every_step_equals_uninterrupted(corpus: Path, finished: Path, tmp_path: Path) -> None:
