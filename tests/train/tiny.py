@@ -80,6 +80,14 @@ def recipe(corpus: Path, **train: Any) -> PretrainConfig:
     )
 
 
+def changed(cfg: PretrainConfig, **keys: Any) -> PretrainConfig:
+    """The recipe with keys `section__name` replaced."""
+    for key, value in keys.items():
+        section, name = key.split("__")
+        cfg = dataclasses.replace(cfg, **{section: dataclasses.replace(getattr(cfg, section), **{name: value})})
+    return cfg
+
+
 def checkpoint_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """Weights and optimizer state of a checkpoint, by file and name, read without our code."""
     return {f"{f.name}:{k}": v for f in checkpoint.glob("*.safetensors") for k, v in load_file(f).items()}
