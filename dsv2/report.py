@@ -85,6 +85,8 @@ def run_sections(run_dir: Path) -> list[Section]:
         sections.append(Section("Expert load", note, markup=_load_plot(steps)))
         note = "The same share from the first steps to the last; a row is an expert."
         sections.append(Section("Expert load over time", note, markup=_load_history_plot(steps)))
+    # One device is always in balance.
+    if any(r["balance_loss"]["device"] != 1 for r in steps if "balance_loss" in r):
         note = (
             "Losses before their weights (1 is balance), devices that a token is sent to, and the share of the routed "
             "tokens that were dropped because a device was full; means over the layers."

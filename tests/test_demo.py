@@ -57,13 +57,14 @@ def test_the_report_shows_losses_load_cache_and_samples(out):
         "Training loss",
         "Held-out bits",
         "Expert load",
+        "Expert load over time",
         "Cache size",
         "Kernels",
         "Samples",
     )
     for heading in headings:
         assert heading in page
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert "MLA (this model)" in page
     assert "第一条" in page
 

@@ -40,6 +40,12 @@ def test_a_dense_run_has_no_load(tmp_path):
     assert [s.title for s in sections] == ["Training loss"]
 
 
+def test_a_run_on_one_device_has_no_balance_between_devices(tmp_path):
+    step = {"step": 1, **STEP, "balance_loss": {"expert": 1.1, "device": 1.0, "communication": 1.0}}
+    titles = [s.title for s in run_sections(run_with(tmp_path, step))]
+    assert titles == ["Training loss", "Expert load", "Expert load over time"]
+
+
 def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path):
     run = run_with(tmp_path, {"step": 1, **STEP})
     with (run / "metrics.jsonl").open("a") as file:
