@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dsv2.config import ModelConfig, RopeConfig
+from dsv2.config.data import load_prepare
 from dsv2.config.run import DataConfig, TrainConfig, load_pretrain
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -52,7 +53,7 @@ BOTH = pytest.mark.parametrize("name", ["v2", "v2-lite"])
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.toml")), ids=lambda file: file.stem)
 def test_every_recipe_loads(file: Path) -> None:
-    assert load_pretrain(file)
+    assert load_prepare(file) if file.stem == "data" else load_pretrain(file)
 
 
 @pytest.mark.parametrize(("name", "published"), [("v2", PUBLISHED), ("v2-lite", PUBLISHED_LITE)])
