@@ -78,8 +78,9 @@ class KernelOp:
         self.op, self._body = op, body
         self.register_fake, self.register_autograd = op.register_fake, op.register_autograd
 
-    def __call__(self, *args: Any) -> Any:
-        return self._body(*args) if torch.is_inference_mode_enabled() and not _is_traced() else self.op(*args)
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        is_untouched = torch.is_inference_mode_enabled() and not _is_traced()
+        return (self._body if is_untouched else self.op)(*args, **named)
 
 
 def _is_traced() -> bool:
@@ -100,12 +101,12 @@ def on_its_device(body: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device, wherever tensors are. To ask which that is costs less than to set it."""
 
     @functools.wraps(body)
-    def run(x: Tensor, *others: Any) -> Any:
+    def run(x: Tensor, *others: Any, **named: Any) -> Any:
         device = x.device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return body(x, *others)
+            return body(x, *others, **named)
         with torch.cuda.device(device):
-            return body(x, *others)
+            return body(x, *others, **named)
 
     return run
 
