@@ -50,9 +50,8 @@ def _loss(f_BX: Tensor, P_BX: Tensor) -> Tensor:
 
 def _sent(routing: Routing, num_groups: int) -> Tensor:
     """1 where a token is sent to a device, with one or more of its experts there; [T, G] fp32."""
-    (T, E), device = routing.scores_TE.shape, routing.scores_TE.device
-    groups_TA = routing.experts_TA // (E // num_groups)
-    return torch.zeros(T, num_groups, device=device).scatter_(1, groups_TA, 1.0)
+    sent_TG = torch.zeros(len(routing.experts_TA), num_groups, device=routing.experts_TA.device)
+    return sent_TG.scatter_(1, routing.groups_TA(num_groups), 1.0)
 
 
 def expert_load(routing: Routing) -> Tensor:

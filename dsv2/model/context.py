@@ -34,6 +34,10 @@ class Routing:
     block_counts: Tensor
     kept_TA: Tensor | None = None
 
+    def groups_TA(self, num_groups: int) -> Tensor:
+        """Of each chosen expert, the group that it is in: groups are experts side by side, as many each, [T, A]."""
+        return self.experts_TA // (self.scores_TE.shape[1] // num_groups)
+
 
 @dataclass(frozen=True, slots=True)
 class Dropping:

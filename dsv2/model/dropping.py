@@ -24,11 +24,11 @@ def drop_rows(routing: Routing, dropping: Dropping, num_groups: int) -> Routing:
 
     Returns the routing with `kept_TA`, and gates of 0 where a row was dropped. The host does not wait for the device.
     """
-    (T, E), A = routing.scores_TE.shape, routing.experts_TA.shape[1]
+    T, A = routing.experts_TA.shape
     capacity = math.ceil(dropping.capacity_factor * T * A / num_groups)
     exempt_TA = dropping.exempt_T[:, None].expand(T, A)
     affinity_TA = routing.scores_TE.detach().gather(1, routing.experts_TA).masked_fill(exempt_TA, math.inf)
-    groups_TA = routing.experts_TA // (E // num_groups)
+    groups_TA = routing.groups_TA(num_groups)
     kept_TA = exempt_TA | (_ranks(affinity_TA.flatten(), groups_TA.flatten(), num_groups).view(T, A) < capacity)
     return dataclasses.replace(routing, gates_TA=routing.gates_TA.masked_fill(~kept_TA, 0.0), kept_TA=kept_TA)
 
