@@ -58,13 +58,22 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and capability(device) == HOPPER
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of an interpreted run: few, so that a program has several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def early_launch(x: Tensor) -> dict[str, bool]:
     """Options of a launch that may begin while the one before it ends, which saves the gap between the two.
 
     Its kernel takes PDL, and where that is true waits (`gdc_wait`) before it touches what other launches write or read.
     """
-    can = x.device.type == "cuda" and capability(x.device) == HOPPER
-    return {"PDL": True, "launch_pdl": True} if can else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if is_hopper(x.device) else {"PDL": False}
 
 
 class KernelOp:

@@ -8,7 +8,6 @@ weight rows as the 64-row side of the matrix instruction. Training keeps gate an
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dsv2.kernels.backend import check_aligned, early_launch, joined, kernel_op, unit_stride
+from dsv2.kernels.backend import check_aligned, early_launch, joined, kernel_op, num_multiprocessors, unit_stride
 from dsv2.kernels.permute.kernel import combine_rows, gather_rows, sort_rows
 from dsv2.kernels.swiglu.kernel import swiglu, swiglu_packed
 
@@ -227,7 +226,7 @@ def _persistent_linear(
     max_tiles = _max_tiles(num_rows, E, BM)
     tiles = torch.empty(max_tiles + 1, 4, dtype=torch.int32, device=x.device)
     _tiles_kernel[(E,)](ends, tiles, E, BE=triton.next_power_of_2(E), BM=BM, num_warps=1, **early_launch(x))
-    num_programs = min(_num_sms(x.device), max_tiles * triton.cdiv(N, BN))
+    num_programs = min(num_multiprocessors(x.device), max_tiles * triton.cdiv(N, BN))
     w_desc = TensorDescriptor(weight, [E * parts, N, K], [N * K, K, 1], [parts, BN, BK])
     _grouped_persistent_kernel[(num_programs,)](
         x, w_desc, order, tiles, y, x.stride(0), K, N, A, num_programs, GATED=gated, GATHER=order is not None,
@@ -264,12 +263,6 @@ def blocks_for(num_rows: int, num_experts: int, dtype: torch.dtype) -> tuple[Blo
         return Blocks(32, 64, 128, True, 2, 4), Blocks(32, 64, 128, True, 2, 4)
     # More than PERSISTENT_ROWS an expert go to the persistent kernel.
     return Blocks(64, 64, 128, True, 2, 4), Blocks(64, 128, 128, True, 2, 8)
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    """Of an interpreted run: few, so that a program has several tiles."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @kernel_op("dsv2::grouped_mlp")

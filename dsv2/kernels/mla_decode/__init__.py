@@ -11,7 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv2.kernels.backend import FLOATS, REFERENCE_FLOATS, check_dtype, check_same_device, check_shape, use_kernel
+from dsv2.kernels.backend import (
+    FLOATS,
+    REFERENCE_FLOATS,
+    check_dtype,
+    check_same_device,
+    check_shape,
+    num_multiprocessors,
+    use_kernel,
+)
 from dsv2.kernels.latent_cache import PAGE_SIZE as PAGE
 
 MAX_QUERY_TOKENS = 8
@@ -37,7 +45,7 @@ class DecodePlan(NamedTuple):
 def num_parts(num_rows: int, device: torch.device) -> int:
     """Parts that fill the GPU once; `num_rows` is heads times query tokens a sequence, in tiles of at most 64."""
     tiles = -(-num_rows // 64)
-    return max(torch.cuda.get_device_properties(device).multi_processor_count // max(tiles, 1), 1)
+    return max(num_multiprocessors(device) // max(tiles, 1), 1)
 
 
 def plan_decode(lengths: Tensor, num_parts: int) -> DecodePlan:

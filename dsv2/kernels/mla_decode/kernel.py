@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv2.kernels.backend import HOPPER, capability, check_aligned, early_launch, kernel_op, unit_stride
+from dsv2.kernels.backend import check_aligned, early_launch, is_hopper, kernel_op, unit_stride
 from dsv2.kernels.mla_decode import OVERHEAD_PAGES, PAGE, DecodePlan
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -274,7 +274,7 @@ def _empty_output(q_latent: Tensor) -> tuple[Tensor, Tensor]:
 
 def _is_for_hopper(q_latent: Tensor, R: int) -> bool:
     is_official = (q_latent.shape[-1], R, q_latent.dtype) == (512, 64, torch.bfloat16)
-    return is_official and q_latent.device.type == "cuda" and capability(q_latent.device) == HOPPER
+    return is_official and is_hopper(q_latent.device)
 
 
 def mla_decode(

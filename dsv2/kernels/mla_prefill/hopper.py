@@ -9,8 +9,6 @@ block of queries from a counter when it has brought what the one before needs.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -23,6 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from dsv2.kernels.backend import num_multiprocessors
 
 ROWS = gl.constexpr(64)  # of queries, a warp group's
 BM = gl.constexpr(128)  # of queries, a program's
@@ -308,7 +308,7 @@ def forward(
     """
     (T, H, _), N = q.shape, len(cu_seqlens) - 1
     blocks = T // BM.value + N
-    grid = (min(blocks * H, _num_processors(q.device)),)
+    grid = (min(blocks * H, num_multiprocessors(q.device)),)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     _mla_prefill_fwd_kernel[grid](
         _described(q, ROWS.value, NOPE.value), _described(q, ROWS.value, ROPE.value),
@@ -316,11 +316,6 @@ def forward(
         _described(v, BN.value, VALUE.value), cu_seqlens, counter, o, lse, scale_log2, T, N, H, blocks,
         q.stride(1), k.stride(1), k_rope.stride(1) if k_rope.shape[1] > 1 else 0, v.stride(1), num_warps=4,
     )  # fmt: skip
-
-
-@functools.cache
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _described(x: Tensor, rows: int, width: int) -> TensorDescriptor:

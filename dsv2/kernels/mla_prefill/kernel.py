@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dsv2.kernels.backend import HOPPER, capability, kernel_op
+from dsv2.kernels.backend import is_hopper, kernel_op
 from dsv2.kernels.mla_prefill.reference import with_rope
 
 LOG2_E = math.log2(math.e)
@@ -334,7 +334,7 @@ def constants(kernel: str, device: torch.device, K: int, V: int) -> dict[str, in
     BK = max(triton.next_power_of_2(K + 1) // 2, 16)
     BK2 = max(triton.next_power_of_2(K - BK), 16) if K > BK else 0
     BV = max(triton.next_power_of_2(V), 16)
-    hopper = device.type != "cuda" or capability(device) == HOPPER
+    hopper = device.type != "cuda" or is_hopper(device)
     blocks = BLOCKS if hopper and BK + BK2 + BV <= 320 else SMALL_BLOCKS
     return {"K": K, "V": V, "BK": BK, "BK2": BK2, "BV": BV, **blocks[kernel]._asdict()}
 
@@ -401,7 +401,7 @@ def _forward(
 def _is_for_hopper(q: Tensor, k: Tensor, v: Tensor, k_rope: Tensor | None) -> bool:
     """MLA's widths, with keys and values for every head; `k_rope` holds the keys' last 64 channels, or k itself."""
     is_official = (q.shape[2], v.shape[2]) == (192, 128) and k.shape[1:] == (q.shape[1], 192 if k_rope is None else 128)
-    return is_official and q.dtype == torch.bfloat16 and q.is_cuda and capability(q.device) == HOPPER
+    return is_official and q.dtype == torch.bfloat16 and is_hopper(q.device)
 
 
 def _hopper_forward(
