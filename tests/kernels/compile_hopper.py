@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import compiler
 from triton.compiler import compile
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from dsv2.kernels.mla_decode import hopper as decode
 from dsv2.kernels.mla_prefill import hopper as prefill
+from tests.kernels.ptxas import ptxas_notes
 
 LAYOUT = (
     "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2, transposed=False, fp4_padded=False, "
@@ -50,14 +47,6 @@ def compiled(kernel: Any, rows: int) -> Any:
     attrs = {(i,): [["tt.divisibility", 16]] for i, aligned in enumerate(is_aligned) if aligned}
     source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-
-
-def ptxas_notes(ptx: str) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "kernel.ptx"), Path(folder, "kernel.o")
-        source.write_text(ptx)
-        command = [compiler.get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(target)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 for kernel, rows in KERNELS[sys.argv[1]]:

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import compiler
 from triton.compiler import ASTSource, compile
 
 import dsv2.kernels.mla_prefill.kernel as room
+from tests.kernels.ptxas import ptxas_notes
 
 TYPES: dict[str, str] = dict.fromkeys(("lse", "delta"), "*fp32")
 TYPES |= dict.fromkeys(("cu", "cu_prefix", "cu_keys"), "*i32")
@@ -57,15 +54,6 @@ def compiled(name: str, K: int, V: int) -> Any:
     return compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def assembled(ptx: str) -> str:
-    """What ptxas says of it."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "kernel.ptx"), Path(folder, "kernel.o")
-        source.write_text(ptx)
-        command = [compiler.get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(target)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
 def number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     assert found, text
@@ -75,7 +63,7 @@ def number(pattern: str, text: str) -> int:
 for argument in sys.argv[1:]:
     name, K, V = argument.split(",")
     built = compiled(name, int(K), int(V))
-    notes = assembled(built.asm["ptx"])
+    notes = ptxas_notes(built.asm["ptx"])
     found = {
         "kernel": name,
         "K": int(K),
